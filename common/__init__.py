@@ -1,0 +1,9 @@
+"""What the scripts share: data, stacked networks and their training, command line, results, plot style."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: shown as one line that says what to do, exit status 2, no traceback."""

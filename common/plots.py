@@ -1,0 +1,55 @@
+"""One plot style: readable in print and without colour (every curve has its own line style or marker)."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+# Okabe-Ito colours: distinct for colour-blind readers and of different lightness in grey.
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+plt.rcParams.update(
+    {
+        "figure.constrained_layout.use": True,
+        "figure.dpi": 100,
+        "savefig.dpi": 200,
+        "font.size": 10,
+        "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.alpha": 0.3,
+        "legend.frameon": False,
+        "legend.handlelength": 3,
+        "lines.linewidth": 1.5,
+        "pdf.fonttype": 42,
+    }
+)
+
+
+def panels(rows=1, columns=1, width=3.6, height=2.9, **options):
+    """A figure and its (rows, columns) array of axes."""
+    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **options)
+
+
+def style(i, marker=False):
+    """Colour, line style (and marker) number i, as keyword arguments of plot."""
+    return {
+        "color": COLORS[i % len(COLORS)],
+        "linestyle": LINES[i % len(LINES)],
+        **({"marker": MARKERS[i % len(MARKERS)], "markersize": 4} if marker else {}),
+    }
+
+
+def band(ax, x, y, label=None, i=0, **options):
+    """Plot the mean of y (seeds, points) over seeds with a band of ±1 standard deviation (not drawn for one seed)."""
+    y = np.atleast_2d(np.asarray(y, float))
+    mean = y.mean(0)
+    options = {**style(i), **options}
+    (line,) = ax.plot(x, mean, label=label, **options)
+    if len(y) > 1:
+        spread = y.std(0, ddof=1)
+        ax.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, linewidth=0)
+    return line

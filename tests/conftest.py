@@ -1,0 +1,90 @@
+"""Shared by the tests: golden numbers, and every script run once at --preset tiny."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# The scripts that make figures: those that call the shared command line.
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.py", "*-*/*.py")
+    for path in ROOT.glob(pattern)
+    if "cli.main(" in path.read_text()
+)
+
+
+class TinyRun(NamedTuple):
+    script: str
+    folder: Path  # what --output named: holds figures/tiny and results/tiny
+    stdout: str
+    records: dict  # name -> parsed JSON
+    arrays: dict  # name -> {array name: array}
+
+
+def start_script(script, *options, output, cwd=ROOT, data_dir=None, threads=1):
+    """Start a script as a user would; two may run at once, so each gets one thread."""
+    command = [sys.executable, os.path.relpath(ROOT / script, cwd), "--output", str(output), *options]
+    if data_dir:
+        command += ["--data-dir", str(data_dir)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def run_script(script, *options, **where):
+    """Run a script to its end; return (exit status, stdout, stderr)."""
+    process = start_script(script, *options, **where)
+    stdout, stderr = process.communicate(timeout=240)
+    return process.returncode, stdout, stderr
+
+
+def read_results(folder):
+    records = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+    arrays = {}
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path, allow_pickle=False) as archive:
+            arrays[path.stem] = dict(archive)
+    return records, arrays
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(script) -> (run from the root, run from the script's own folder), both at --preset tiny, cached."""
+    cache = {}
+
+    def run(script):
+        if script not in cache:
+            places = {"root": ROOT, "own": (ROOT / script).parent}
+            folders = {k: tmp_path_factory.mktemp(f"{Path(script).stem}-{k}") for k in places}
+            started = {k: start_script(script, "--preset", "tiny", output=folders[k], cwd=places[k]) for k in places}
+            runs = []
+            for k, process in started.items():
+                stdout, stderr = process.communicate(timeout=240)
+                assert process.returncode == 0, f"{script} from {places[k]}:\n{stdout}\n{stderr}"
+                runs.append(TinyRun(script, folders[k], stdout, *read_results(folders[k] / "results" / "tiny")))
+            cache[script] = tuple(runs)
+        return cache[script]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden("actions") -> dict of float64 tensors (and int64 labels) from tests/golden/actions.npz."""
+
+    def load(name):
+        with np.load(ROOT / "tests" / "golden" / f"{name}.npz", allow_pickle=False) as archive:
+            return {k: torch.from_numpy(np.asarray(v)) for k, v in archive.items()}
+
+    return load
