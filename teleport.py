@@ -1,0 +1,506 @@
+"""Teleportation: move a network along its parameter symmetries, leaving its loss alone. One file, torch only.
+
+Notation of Zhao, Gower, Walters, Yu, *Improving Convergence and Generalization Using Parameter Symmetries* (paper A,
+arXiv 2305.13404) and Zhao, Dehmamy, Walters, Yu, *Symmetry Teleportation for Accelerated Optimization* (paper B,
+arXiv 2205.10637). Columns are samples: X is (d_0, n). A network is a tuple (W_1, …, W_L), W_m of shape
+(*E, d_m, d_{m-1}): h_m = σ(W_m h_{m-1}), h_0 = X, output W_L h_{L-1}. *E is any ensemble shape, () for one network:
+every function works on the whole ensemble at once and returns one result per member. Nothing is changed in place.
+
+    action = preactivation_action                                    # or postactivation_action, rescaling_action
+    moved = teleport(weights, x, loss_fn, objective=squared_gradient_norm, action=action, activation=leaky_relu(),
+                     lr=1e-2, steps=10)
+    weights = moved.weights                                          # moved.drift is loss_after - loss_before
+
+Group actions act on a pair (U, V) = (W_{m+1}, W_m). They are written in minimal-change form: the identity at g = I for
+any data, exact as soon as the samples number at most the units (see each action), a least-squares fit otherwise.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+class Activation(NamedTuple):
+    """An elementwise σ, with σ' (a function of the pre-activation) and σ^-1 (None where σ is not injective)."""
+
+    name: str
+    f: Callable
+    derivative: Callable
+    inverse: Callable | None
+    homogeneous: bool  # σ(sz) = sσ(z) for s > 0: what rescaling needs; also σ'' = 0 almost everywhere
+
+
+def leaky_relu(slope: float = 0.1) -> Activation:
+    """max(z, slope·z), slope in [0, 1]: at 0 it is ReLU and has no inverse. Raises ValueError for another slope."""
+    if not 0 <= slope <= 1:
+        raise ValueError(f"slope must be in [0, 1], got {slope}")
+    return Activation(
+        f"leaky_relu({slope})" if slope else "relu",
+        lambda z: torch.nn.functional.leaky_relu(z, slope),
+        lambda z: torch.ones_like(z).where(z > 0, slope),
+        (lambda y: torch.where(y > 0, y, y / slope)) if slope else None,
+        True,
+    )
+
+
+def _sigmoid_derivative(z):
+    return torch.sigmoid(z) * torch.sigmoid(-z)
+
+
+RELU = leaky_relu(0.0)
+TANH = Activation("tanh", torch.tanh, lambda z: 1 - torch.tanh(z) ** 2, torch.atanh, False)
+SIGMOID = Activation("sigmoid", torch.sigmoid, _sigmoid_derivative, torch.logit, False)
+IDENTITY = Activation("identity", lambda z: z, torch.ones_like, lambda y: y, True)
+
+
+def forward(weights, x: Tensor, activation: Activation) -> Tensor:
+    """The network's output W_L h_{L-1}, (*E, d_L, n). Raises ValueError if shapes do not chain or X is not finite."""
+    return weights[-1] @ hidden_layers(weights, x, activation)[-1]
+
+
+def hidden_layers(weights, x: Tensor, activation: Activation) -> list:
+    """[h_0 = X, h_1, …, h_{L-1}], h_m of shape (*E, d_m, n). Raises ValueError as `forward` does."""
+    _check_network(weights, x)
+    h = [x]
+    for W in weights[:-1]:
+        h.append(activation.f(W @ h[-1]))
+    return h
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Group actions
+
+
+def preactivation_action(U: Tensor, V: Tensor, h: Tensor, g: Tensor, activation: Activation):
+    """g acts before σ (paper A, Eq. 8): V' = gV, U' = U + (Uσ(Vh) − Uσ(gVh)) σ(gVh)^+.
+
+    U (*E, d_{m+1}, d_m), V (*E, d_m, d_{m-1}), h (*E, d_{m-1}, n) or (d_{m-1}, n) the input of V, g (*E, d_m, d_m) or
+    (d_m, d_m). Returns (U', V'). The output U'σ(V'h) = Uσ(Vh) exactly if σ(gVh) has full column rank (so n ≤ d_m);
+    otherwise U' is the least-squares solution nearest to U. At full row rank U' is the published Uσ(Vh) σ(gVh)^+.
+    Raises ValueError for shapes that do not chain, a singular g, values that are not finite.
+    """
+    _check_pair(U, V, h, g)
+    z = V @ h
+    gz = g @ z
+    moved = activation.f(gz)
+    return U + _times_pinv(U @ (activation.f(z) - moved), moved), g @ V
+
+
+def postactivation_action(U: Tensor, V: Tensor, h: Tensor, g: Tensor, activation: Activation):
+    """g acts after σ (paper B, Eq. 9; paper A, Eq. 47): U' = Ug^-1, V' = V + (σ^-1(gσ(Vh)) − Vh) h^+.
+
+    Shapes as in `preactivation_action`; returns (U', V'). Exact if h has full column rank (so n ≤ d_{m-1}). Raises
+    ValueError as there, and if σ has no inverse or gσ(Vh) leaves its range.
+    """
+    if activation.inverse is None:
+        raise ValueError(f"activation {activation.name} has no inverse, which the post-activation action needs")
+    _check_pair(U, V, h, g)
+    z = V @ h
+    target = activation.inverse(g @ activation.f(z))
+    _require(target.isfinite().all(), f"g: g σ(Vh) leaves the range of {activation.name}")
+    return torch.linalg.solve(g, U, left=False), V + _times_pinv(target - z, h)
+
+
+def rescaling_action(U: Tensor, V: Tensor, s: Tensor, activation: Activation):
+    """Scale unit i's input by s_i and undo it at its output: V' = diag(s) V, U' = U diag(s)^-1.
+
+    s (*E, d_m) or (d_m,), positive. Exact for every input whenever σ is positively homogeneous. Returns (U', V').
+    Raises ValueError for another activation, an s that is not positive and finite, shapes that do not chain.
+    """
+    if not activation.homogeneous:
+        raise ValueError(f"activation {activation.name} is not positively homogeneous, which rescaling needs")
+    if U.shape[-1] != V.shape[-2] or s.shape[-1:] != V.shape[-2:-1]:
+        raise ValueError(f"shapes do not chain: U {_shape(U)}, V {_shape(V)}, s {_shape(s)}")
+    _require(((s > 0) & s.isfinite()).all(), "s must be positive and finite")
+    _check_finite(U=U, V=V)
+    return U / s.unsqueeze(-2), V * s.unsqueeze(-1)
+
+
+def apply_to_layers(weights, x: Tensor, elements, action: Callable, activation: Activation) -> tuple:
+    """Act with one group element per hidden layer, first layer first; None leaves a layer alone.
+
+    Each action sees the true hidden layer of the network as it has been transformed so far. elements: L−1 matrices for
+    `preactivation_action` and `postactivation_action`, L−1 vectors s for `rescaling_action`. Returns the new weights.
+    Raises ValueError if their number is wrong, and as the actions do.
+    """
+    _check_network(weights, x)
+    if len(elements) != len(weights) - 1:
+        raise ValueError(f"elements: {len(elements)} given, the network has {len(weights) - 1} hidden layers")
+    weights, h = list(weights), x
+    for m, g in enumerate(elements):
+        if g is not None:
+            arguments = (g,) if action is rescaling_action else (h, g)
+            weights[m + 1], weights[m] = action(weights[m + 1], weights[m], *arguments, activation)
+        h = activation.f(weights[m] @ h)
+    return tuple(weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objectives: each returns one number per member, shape E
+
+
+def squared_gradient_norm(weights, loss_fn: Callable) -> Tensor:
+    """‖∂L/∂W‖², summed over all layers, shape E. loss_fn(weights) -> E. Differentiable.
+
+    The derivative is taken with respect to these weights as independent variables, even when they were computed from
+    one another (later layers of a transformed network depend on earlier ones through the hidden layers).
+    """
+    gradients = torch.func.grad(lambda w: loss_fn(w).sum())(tuple(weights))
+    return sum(g.square().sum((-2, -1)) for g in gradients)
+
+
+def sharpness(weights, loss_fn: Callable, directions: Tensor, radii: Tensor, chunk_size: int | None = None) -> Tensor:
+    """φ (paper A, Eq. 4): the mean over directions of the loss at W + r d/‖d‖, shape E.
+
+    directions (k, P), P the number of parameters of one member, in the order of the weights, each flattened by rows;
+    radii (k,). loss_fn(weights) -> E. chunk_size: how many perturbed copies are evaluated at once (default: all).
+    Raises ValueError for shapes that do not match, a zero direction, values that are not finite.
+    """
+    P = sum(W.shape[-2:].numel() for W in weights)
+    if directions.ndim != 2 or directions.shape[1] != P or radii.shape != directions.shape[:1]:
+        raise ValueError(f"directions {_shape(directions)} and radii {_shape(radii)} must be (k, {P}) and (k,)")
+    norms = directions.norm(dim=1)
+    _require((norms > 0).all() & norms.isfinite().all(), "directions: each must be finite and not zero")
+    _require(radii.isfinite().all(), "radii must be finite")
+    _check_network(weights)
+    steps = _split(directions * (radii / norms).unsqueeze(1), weights)
+
+    def perturbed(step):
+        return loss_fn(tuple(W + D for W, D in zip(weights, step)))
+
+    return torch.func.vmap(perturbed, chunk_size=chunk_size)(steps).mean(0)
+
+
+def curvature(weights, x: Tensor, lie_elements, activation: Activation) -> Tensor:
+    """ψ (paper A, Eq. 5): curvature at t = 0 of γ(t), the network moved by exp(tM) through the post-activation action.
+
+    lie_elements: M_m (*E, d_m, d_m) or (d_m, d_m) for each of the L−1 hidden layers. γ', γ'' are the sums over hidden
+    layers of the closed forms of Eqs. 47, 57 and 60; κ = √(‖γ'‖²‖γ''‖² − (γ'·γ'')²) / ‖γ'‖³, shape E. Raises ValueError
+    for shapes that do not match, values that are not finite, and where the curve stands still (κ is undefined).
+    """
+    first, second = _curve_derivatives(weights, x, lie_elements, activation)
+    pairs = ((first, first), (second, second), (first, second))
+    aa, bb, ab = (sum((p * q).sum((-2, -1)) for p, q in zip(*pair)) for pair in pairs)
+    _require((aa > 0).all(), "lie_elements: γ' = 0, the curve stands still and has no curvature")
+    return (aa * bb - ab**2).clamp_min(0).sqrt() / aa**1.5
+
+
+def _curve_derivatives(weights, x, lie_elements, activation):
+    """γ' and γ'' of `curvature`, each a list with one (*E, d_m, d_{m-1}) per layer."""
+    if len(lie_elements) != len(weights) - 1:
+        raise ValueError(f"lie_elements: {len(lie_elements)} given, the network has {len(weights) - 1} hidden layers")
+    h = hidden_layers(weights, x, activation)
+    first, second = [0] * len(weights), [0] * len(weights)
+    for m, M in enumerate(lie_elements):
+        U, V = weights[m + 1], weights[m]
+        _check_pair(U, V, h[m], M, "M", invertible=False)
+        slope = activation.derivative(V @ h[m])
+        M_h = M @ h[m + 1]
+        first[m] = first[m] + _times_pinv(M_h / slope, h[m])
+        second[m] = second[m] + _times_pinv(M @ M_h / slope, h[m])
+        first[m + 1] = -U @ M
+        second[m + 1] = U @ M @ M
+    return first, second
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Teleportation
+
+
+class Teleportation(NamedTuple):
+    """Where a teleport went, and what it did to the loss (which it must not change) and to its objective; shape E."""
+
+    weights: tuple
+    loss_before: Tensor
+    loss_after: Tensor
+    objective_before: Tensor
+    objective_after: Tensor
+
+    @property
+    def drift(self) -> Tensor:
+        """loss_after − loss_before: zero, up to rounding, wherever the action is exact."""
+        return self.loss_after - self.loss_before
+
+
+def teleport(
+    weights,
+    x: Tensor,
+    loss_fn: Callable,
+    *,
+    objective: Callable,
+    action: Callable,
+    activation: Activation,
+    lr,
+    steps: int,
+    maximize: bool = True,
+    cap: float | None = None,
+    retraction: str = "first_order",
+    bound: float | None = None,
+    backtracking: bool = False,
+    tolerance: float = 1e-3,
+) -> Teleportation:
+    """Gradient ascent of the objective over the group, T ← ±lr ∂objective/∂T at T = 0 (paper A, Algorithm 1).
+
+    weights: W_m (*E, d_m, d_{m-1}); x (d_0, n), the batch that data-dependent actions preserve; loss_fn(weights) -> E.
+    objective(weights, loss_fn) -> E, or objective(weights) -> E: larger is better, smaller with maximize=False.
+    action: one of the three above. lr: a number, or one per member (shape E). cap: a member stops as soon as its
+    objective is beyond it. retraction: the element of T is I + T ("first_order") or exp(T) ("exp"); its inverse is
+    exact either way. bound (rescaling only; the gradient norm has no maximum on that orbit): a unit's total scale stays
+    within [1/bound, bound]. backtracking: halve a member's step until its objective improves and its loss is within
+    tolerance (relative) of where it started; a member for which 30 halvings do not help stays where it is.
+    Raises ValueError for options that do not exist, values that are not finite, and as the actions do.
+    """
+    if retraction not in ("first_order", "exp"):
+        raise ValueError(f'retraction must be "first_order" or "exp", got {retraction!r}')
+    if bound is not None and (action is not rescaling_action or bound < 1):
+        raise ValueError("bound needs the rescaling action and must be at least 1")
+    _check_network(weights, x)
+    score = _score(objective, loss_fn)
+    weights = tuple(W.detach() for W in weights)
+    E = weights[0].shape[:-2]
+    sign = 1.0 if maximize else -1.0
+    lr = torch.as_tensor(lr, dtype=x.dtype, device=x.device).expand(E)
+    identity = [_identity(action, W) for W in weights[:-1]]
+    scale = [torch.ones_like(i).expand(*E, *i.shape) for i in identity]  # total scales, for bound
+
+    def moved(tangents, lr):
+        elements = [retract(i, sign * _like(lr, t) * t) for i, t in zip(identity, tangents)]
+        if bound is not None:
+            elements = [(c * s).clamp(1 / bound, bound) / c for c, s in zip(scale, elements)]
+        return elements, apply_to_layers(weights, x, elements, action, activation)
+
+    def retract(i, t):
+        if retraction == "first_order":
+            return i + t
+        return t.exp() if action is rescaling_action else torch.linalg.matrix_exp(t)
+
+    with torch.no_grad():
+        start = loss_fn(weights)
+    value_before = None
+    for _ in range(steps):
+        value, gradients = _value_and_gradient(score, weights)
+        value_before = value if value_before is None else value_before
+        going = torch.ones(E, dtype=torch.bool, device=x.device) if cap is None else sign * value <= sign * cap
+        if not going.any():
+            break
+        tangents = _pull_back(weights, x, gradients, identity, action, activation)
+        _require(all(t.isfinite().all() for t in tangents), "objective: its gradient is not finite")
+        step = torch.where(going, lr, 0)
+        with torch.no_grad():
+            if backtracking:
+                step = _backtrack(partial(moved, tangents), score, loss_fn, step, value, start, sign, tolerance)
+            elements, candidates = moved(tangents, step)
+            weights = tuple(torch.where(_like(step != 0, W), C, W) for C, W in zip(candidates, weights))
+            scale = [c * torch.where(_like(step != 0, s), s, 1) for c, s in zip(scale, elements)]
+    with torch.no_grad():
+        end, value_after = loss_fn(weights), score(weights).detach()
+    return Teleportation(weights, start, end, value_after if value_before is None else value_before, value_after)
+
+
+def random_search(
+    weights,
+    x: Tensor,
+    loss_fn: Callable,
+    *,
+    action: Callable,
+    activation: Activation,
+    candidates: int,
+    scale: float,
+    generator: torch.Generator,
+    objective: Callable,
+    layers=None,
+    chunk_size: int = 250,
+) -> Teleportation:
+    """Teleport by sampling: of `candidates` random group elements, keep for each member the one that scores best.
+
+    An element is I + scale·R, R uniform in [−1, 1] with Frobenius norm 1 (so invertible for scale < 1); for rescaling
+    s = exp(scale·r), r uniform in [−1, 1]. Members share the candidates. layers: indices of the hidden layers to act on
+    (default: all at once). A member that no candidate improves stays where it is. weights, x, loss_fn, objective as in
+    `teleport`; both are vectorized over candidates, chunk_size of them at a time. Raises ValueError as `teleport` does.
+    """
+    if candidates < 1:
+        raise ValueError(f"candidates must be positive, got {candidates}")
+    _check_network(weights, x)
+    score = _score(objective, loss_fn)
+    weights = tuple(W.detach() for W in weights)
+    E = weights[0].shape[:-2]
+    layers = range(len(weights) - 1) if layers is None else layers
+    with torch.no_grad():
+        start, value = loss_fn(weights), score(weights).detach()
+        best, best_value = weights, value
+        for first in range(0, candidates, chunk_size):
+            count = min(chunk_size, candidates - first)
+            elements = [
+                _random_elements(_identity(action, W), count, scale, generator, len(E)) if m in layers else None
+                for m, W in enumerate(weights[:-1])
+            ]
+            stack = tuple(W.expand(count, *W.shape) for W in weights)
+            stack = apply_to_layers(stack, x, elements, action, activation)
+            values, index = torch.func.vmap(score)(stack).detach().max(0)
+            chosen = (
+                W.expand(count, *E, *W.shape[-2:]).gather(0, _like(index, W[0]).expand(1, *E, *W.shape[-2:]))[0]
+                for W in stack
+            )
+            better = values > best_value
+            best = tuple(torch.where(_like(better, C), C, B) for C, B in zip(chosen, best))
+            best_value = torch.where(better, values, best_value)
+        end = loss_fn(best)
+    return Teleportation(best, start, end, value, best_value)
+
+
+def _score(objective, loss_fn):
+    """objective as a function of the weights alone, whether or not it also takes loss_fn."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(objective).parameters.values()
+    needed = [p for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
+    return objective if len(needed) == 1 else lambda weights: objective(weights, loss_fn)
+
+
+def _value_and_gradient(score, weights):
+    with torch.enable_grad():
+        independent = tuple(W.detach().requires_grad_() for W in weights)
+        value = score(independent)
+        gradients = torch.autograd.grad(value.sum(), independent, materialize_grads=True)
+    return value.detach(), gradients
+
+
+def _pull_back(weights, x, gradients, identity, action, activation):
+    """∂objective/∂T at T = 0, one tangent per hidden layer: the action's transposed derivative of ∂objective/∂W."""
+    E = weights[0].shape[:-2]
+    tangents = [torch.zeros_like(i).expand(*E, *i.shape).requires_grad_() for i in identity]
+    with torch.enable_grad():
+        moved = apply_to_layers(weights, x, [i + t for i, t in zip(identity, tangents)], action, activation)
+        return torch.autograd.grad(moved, tangents, gradients)
+
+
+def _backtrack(moved, score, loss_fn, step, value, start, sign, tolerance):
+    """Halve each member's step until moved(step) is better and its loss within tolerance of `start`; 0 if never."""
+    for _ in range(30):
+        try:
+            _, candidate = moved(step)
+        except ValueError:  # too far: a singular element, or out of the range of σ
+            step = step / 2
+            continue
+        better = sign * (score(candidate).detach() - value) > 0
+        close = (loss_fn(candidate) - start).abs() <= tolerance * start.abs()
+        accepted = (better & close) | (step == 0)
+        if accepted.all():
+            return step
+        step = torch.where(accepted, step, step / 2)
+    return torch.where(accepted, step, 0)
+
+
+def _identity(action, W):
+    """The identity element for the hidden layer behind W: a vector of ones for rescaling, a matrix otherwise."""
+    ones = W.new_ones(W.shape[-2])
+    return ones if action is rescaling_action else torch.diag(ones)
+
+
+def _random_elements(identity, count, scale, generator, ensemble_dimensions):
+    R = 2 * torch.rand(count, *identity.shape, generator=generator, device=generator.device) - 1
+    R = R.to(identity)
+    if identity.ndim == 1:
+        elements = (scale * R).exp()
+    else:
+        elements = identity + scale * R / R.norm(dim=(-2, -1), keepdim=True)
+    return elements.reshape(count, *[1] * ensemble_dimensions, *identity.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear algebra and checks
+
+
+def _times_pinv(B: Tensor, A: Tensor) -> Tensor:
+    """B A^+ for B (*E, r, n), A (*E, k, n): by QR at full rank, by pinv as soon as one member is deficient.
+
+    QR's error grows with the condition number, not with its square as the normal equations' does.
+    """
+    k, n = A.shape[-2:]
+    wide = k <= n
+    Q, R = torch.linalg.qr(A.mT if wide else A)
+    if _full_rank(R.detach(), max(k, n)):
+        if wide:  # A = R^T Q^T, A^+ = Q R^-T
+            return torch.linalg.solve_triangular(R.mT, B @ Q, upper=False, left=False)
+        return torch.linalg.solve_triangular(R, B, upper=True, left=False) @ Q.mT  # A = QR, A^+ = R^-1 Q^T
+    return B @ torch.linalg.pinv(A)
+
+
+def _full_rank(R, size):
+    """Is the condition number of the triangular R (*E, r, r) below the one at which pinv would truncate?"""
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device).expand(R.shape)
+    inverse = torch.linalg.solve_triangular(R, eye, upper=True)
+    condition = R.norm(dim=(-2, -1)) * inverse.norm(dim=(-2, -1))
+    try:
+        return bool((condition * size * torch.finfo(R.dtype).eps < 1).all())
+    except RuntimeError:  # inside vmap no value can be looked at; pinv is right in both cases
+        return False
+
+
+def _split(flat, weights):
+    """Rows of (k, P) as a tuple of tensors (k, *1, d_m, d_{m-1}) that broadcast against the ensemble."""
+    sizes = [W.shape[-2:].numel() for W in weights]
+    return tuple(part.unflatten(1, W.shape[-2:]) for part, W in zip(flat.split(sizes, 1), weights))
+
+
+def _like(members, tensor):
+    """Give a per-member tensor (shape E) trailing dimensions of size 1 to broadcast against (*E, …)."""
+    return members.reshape(*members.shape, *[1] * (tensor.ndim - members.ndim))
+
+
+def _shape(tensor):
+    return "×".join(map(str, tensor.shape)) or "scalar"
+
+
+def _require(condition, message):
+    """Raise ValueError(message) unless the 0-d boolean tensor is true. Inside vmap values cannot be looked at."""
+    try:
+        holds = bool(condition)
+    except RuntimeError:
+        return
+    if not holds:
+        raise ValueError(message)
+
+
+def _check_finite(**tensors):
+    """A sum is not finite if one of its terms is not: that is quick to see, and only then is the culprit looked for."""
+    tensors = {name: t.detach() for name, t in tensors.items() if t is not None}
+    try:
+        if sum(t.sum() for t in tensors.values()).isfinite():
+            return
+    except RuntimeError:  # inside vmap
+        return
+    for name, t in tensors.items():
+        _require(t.isfinite().all(), f"{name} has values that are not finite")
+
+
+def _check_network(weights, x=None):
+    if len(weights) < 2:
+        raise ValueError(f"weights: a network with a hidden layer needs at least two matrices, got {len(weights)}")
+    for m, (V, U) in enumerate(zip(weights, weights[1:]), start=1):
+        if V.ndim < 2 or U.ndim < 2 or U.shape[-1] != V.shape[-2]:
+            raise ValueError(f"weights: W_{m} {_shape(V)} and W_{m + 1} {_shape(U)} do not chain")
+    if x is not None:
+        if x.ndim < 2 or x.shape[-2] != weights[0].shape[-1]:
+            raise ValueError(f"x {_shape(x)} does not fit W_1 {_shape(weights[0])}: columns are samples")
+    _check_finite(x=x, **{f"weights: W_{m}": W for m, W in enumerate(weights, start=1)})
+
+
+def _check_pair(U, V, h, g, name="g", invertible=True):
+    d = V.shape[-2]
+    if U.shape[-1] != d or h.shape[-2] != V.shape[-1]:
+        raise ValueError(f"shapes do not chain: U {_shape(U)}, V {_shape(V)}, h {_shape(h)}")
+    if g.shape[-2:] != (d, d):
+        raise ValueError(f"{name} is {_shape(g)}, expected {d}×{d} for V {_shape(V)}")
+    _check_finite(U=U, V=V, h=h, **{name: g})
+    if invertible:
+        inverse, info = torch.linalg.inv_ex(g.detach())
+        condition = inverse.norm(dim=(-2, -1)) * g.detach().norm(dim=(-2, -1))
+        regular = (info == 0) & (condition * torch.finfo(g.dtype).eps < 1)
+        _require(regular.all(), f"{name} is singular")
