@@ -1,0 +1,176 @@
+"""A stack of small networks trained together: every member sees the same mini-batches, the gradient is written out.
+
+The networks of paper A: no biases, leaky ReLU, cross-entropy. Member e's weights are W_m[e]; the first layer of the
+whole stack is one matrix product, so 100 members cost little more than a few. Elementwise optimizers keep the members
+exactly independent, and learning rates and optimizer state are per member, so that seeds, arms and learning rates can
+all be members of one stack.
+"""
+
+import torch
+from torch.nn.functional import leaky_relu_, log_softmax
+
+
+def published_seeds(runs):
+    """Run i is seeded (i + 1)·54321."""
+    return [(i + 1) * 54321 for i in range(runs)]
+
+
+def initial_weights(dims, seeds, device="cpu"):
+    """Published initialization: W_m uniform in ±1/√d_{m-1}, drawn layer by layer on the CPU after manual_seed(seed).
+
+    dims = (d_0, …, d_L). Returns a tuple of float32 tensors (len(seeds), d_m, d_{m-1}).
+    """
+    members = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)  # the same stream as torch.manual_seed and torch.rand
+        members.append([(2 * torch.rand(o, i, generator=generator) - 1) / i**0.5 for i, o in zip(dims, dims[1:])])
+    return tuple(torch.stack(layer).to(device) for layer in zip(*members))
+
+
+def cross_entropy(logits, labels):
+    """Mean cross-entropy over samples: logits (*E, C, n), labels (n,) or (*E, n) -> (*E,)."""
+    log_p = log_softmax(logits, -2)
+    index = labels.unsqueeze(-2).expand(*log_p.shape[:-2], 1, -1)
+    return -log_p.gather(-2, index).mean((-2, -1))
+
+
+class StackedMLP:
+    """E networks trained as one. weights: (E, d_m, d_{m-1}) each, copied; lr: a number or one per member, (E,).
+
+    optimizer: SGD, momentum (0.9), AdaGrad, RMSprop or Adam, with PyTorch's formulas and defaults.
+    """
+
+    def __init__(self, weights, optimizer="SGD", lr=1e-2, slope=0.1):
+        if optimizer not in _UPDATES:
+            raise ValueError(f"optimizer must be one of {', '.join(_UPDATES)}, got {optimizer!r}")
+        self.weights = tuple(W.detach().clone(memory_format=torch.contiguous_format) for W in weights)
+        first = self.weights[0]
+        self.members = len(first)
+        self.optimizer, self.slope = optimizer, slope
+        self.lr = torch.as_tensor(lr, dtype=first.dtype, device=first.device).expand(self.members).clone()
+        self._update, buffers = _UPDATES[optimizer]
+        self._state = [[torch.zeros_like(W) for _ in range(buffers)] for W in self.weights]
+        self._gradients = [torch.empty_like(W) for W in self.weights] if optimizer != "SGD" else None
+        self._steps = first.new_zeros(self.members, 1, 1)  # since the member's optimizer was built: Adam needs it
+
+    def step(self, x, y):
+        """One optimizer step on the batch x (n, d_0), y (n,). Returns the batch loss before it, (E,)."""
+        h, delta, loss = self._forward(x, y)
+        self._steps += 1
+        lr = self.lr.view(-1, 1, 1)
+        for m in reversed(range(len(self.weights))):
+            W = self.weights[m]
+            behind = torch.bmm(W.mT, delta) if m else None  # before W changes
+            if self._gradients is None:  # SGD: a rank-n update in place, no gradient in memory
+                _outer(delta.mul_(-lr), h[m], W, add=True)
+            else:
+                _outer(delta, h[m], self._gradients[m], add=False)
+                self._update(W, self._gradients[m], self._state[m], lr, self._steps)
+            if m:
+                delta = torch.ops.aten.leaky_relu_backward(behind, h[m], self.slope, True)
+        return loss
+
+    def train_epoch(self, x, y, batch_size, before_step=None):
+        """One pass in the dataset's order; before_step(i) comes before batch i. Returns the mean batch loss, (E,)."""
+        total = torch.zeros_like(self.lr)
+        for i, start in enumerate(range(0, len(x), batch_size)):
+            if before_step is not None:
+                before_step(i)
+            batch = x[start : start + batch_size]
+            total += self.step(batch, y[start : start + batch_size]) * len(batch)
+        return total / len(x)
+
+    def evaluate(self, x, y, batch_size=1000):
+        """Mean loss and accuracy on x (n, d_0), y (n,): two tensors (E,)."""
+        loss, correct = torch.zeros_like(self.lr), torch.zeros_like(self.lr)
+        for batch, labels in zip(x.split(batch_size), y.split(batch_size)):
+            h = _times_shared(self.weights[0], batch)
+            for W in self.weights[1:]:
+                h = torch.bmm(W, leaky_relu_(h, self.slope))
+            loss += cross_entropy(h, labels) * len(batch)
+            correct += (h.argmax(1) == labels).sum(1)
+        return loss / len(x), correct / len(x)
+
+    def gradients(self, x, y):
+        """∂L/∂W on a batch, one (E, d_m, d_{m-1}) per layer, and the losses (E,). The weights stay as they are."""
+        h, delta, loss = self._forward(x, y)
+        gradients = [None] * len(self.weights)
+        for m in reversed(range(len(self.weights))):
+            gradients[m] = _outer(delta, h[m], torch.empty_like(self.weights[m]), add=False)
+            if m:
+                behind = torch.bmm(self.weights[m].mT, delta)
+                delta = torch.ops.aten.leaky_relu_backward(behind, h[m], self.slope, True)
+        return gradients, loss
+
+    def set(self, members, weights):
+        """Replace the weights of some members (a slice, indices or a mask); their optimizer state stays."""
+        for mine, new in zip(self.weights, weights):
+            mine[members] = new
+
+    def reset(self, members):
+        """Build the optimizer of some members anew: their state starts from zero."""
+        self._steps[members] = 0
+        for state in self._state:
+            for buffer in state:
+                buffer[members] = 0
+
+    def _forward(self, x, y):
+        """Hidden layers [X as rows, h_1, …], ∂L/∂logits (E, C, n) and the losses (E,)."""
+        h = [x]
+        z = _times_shared(self.weights[0], x)
+        for W in self.weights[1:]:
+            h.append(leaky_relu_(z, self.slope))
+            z = torch.bmm(W, h[-1])
+        log_p = log_softmax(z, 1)
+        index = y.expand(self.members, 1, -1)
+        loss = -log_p.gather(1, index).mean((1, 2))
+        delta = log_p.exp_().scatter_add_(1, index, log_p.new_full((1,), -1.0).expand_as(index)).div_(len(y))
+        return h, delta, loss
+
+
+def _times_shared(W, x):
+    """W (E, d, d_0) times x.T for rows x (n, d_0) that all members share: one matrix product. Returns (E, d, n)."""
+    return torch.mm(W.flatten(0, 1), x.T).unflatten(0, W.shape[:2])
+
+
+def _outer(delta, h, out, add):
+    """out (+)= delta hᵀ: delta (E, d, n), h (E, d', n) or the shared rows (n, d'). Returns out."""
+    if h.ndim == 2:
+        out.flatten(0, 1).addmm_(delta.flatten(0, 1), h, beta=float(add))
+    else:
+        out.baddbmm_(delta, h.mT, beta=float(add))
+    return out
+
+
+# Updates in place, as torch.optim defines them: W -= lr·(something of the gradient G and the state). G may be spoilt.
+
+
+def _momentum(W, G, state, lr, steps):
+    state[0].mul_(0.9).add_(G)
+    W.sub_(torch.mul(state[0], lr, out=G))
+
+
+def _adagrad(W, G, state, lr, steps):
+    state[0].addcmul_(G, G)
+    W.sub_(G.mul_(lr).div_(state[0].sqrt().add_(1e-10)))
+
+
+def _rmsprop(W, G, state, lr, steps):
+    state[0].mul_(0.99).addcmul_(G, G, value=0.01)
+    W.sub_(G.mul_(lr).div_(state[0].sqrt().add_(1e-8)))
+
+
+def _adam(W, G, state, lr, steps):
+    state[0].lerp_(G, 0.1)
+    state[1].mul_(0.999).addcmul_(G, G, value=0.001)
+    denominator = torch.sqrt(state[1], out=G).div_((1 - 0.999**steps).sqrt()).add_(1e-8)
+    W.sub_(torch.div(state[0], denominator, out=G).mul_(lr / (1 - 0.9**steps)))
+
+
+_UPDATES = {
+    "SGD": (None, 0),
+    "momentum": (_momentum, 1),
+    "AdaGrad": (_adagrad, 1),
+    "RMSprop": (_rmsprop, 1),
+    "Adam": (_adam, 2),
+}

@@ -1,0 +1,49 @@
+"""What the published code does, faults included. Only arms called `published` use this; everything else is exact.
+
+The faults: when elements are applied, layers after the first see hidden layers of the network before the move (stale),
+which are then followed by (I + T)h instead of being computed; the actions are not in minimal-change form, so that they
+discard what a rank-deficient batch does not show; and with more samples than units the action is a least-squares fit.
+"""
+
+import torch
+
+from teleport import Activation, Teleportation, hidden_layers, squared_gradient_norm
+
+
+def preactivation_action(U, V, h, g, activation: Activation):
+    """U' = Uσ(Vh) σ(gVh)^+, V' = gV: paper A, Eq. 8, as published."""
+    z = V @ h
+    return U @ activation.f(z) @ torch.linalg.pinv(activation.f(g @ z)), g @ V
+
+
+def apply_stale(weights, h, elements, action, activation):
+    """Act layer by layer, first layer first, with the given hidden layers h whatever the earlier elements did to them."""
+    weights = list(weights)
+    for m, g in enumerate(elements):
+        weights[m + 1], weights[m] = action(weights[m + 1], weights[m], h[m], g, activation)
+    return tuple(weights)
+
+
+def teleport_gradient_norm(weights, x, loss_fn, *, activation, lr, steps, cap=100.0):
+    """The published ascent on ‖∂L/∂W‖² through the pre-activation action (Figures 5 and 13). Ensembles as in teleport.
+
+    A member stops once its squared gradient norm is above cap. Returns a Teleportation; its drift is part of the result.
+    """
+    weights = tuple(W.detach() for W in weights)
+    h = hidden_layers(weights, x, activation)
+    identity = [torch.eye(W.shape[-2], dtype=W.dtype, device=W.device) for W in weights[:-1]]
+    start, value_before = loss_fn(weights), None
+    for _ in range(steps):
+        independent = tuple(W.clone().requires_grad_() for W in weights)
+        value = squared_gradient_norm(independent, loss_fn)
+        value_before = value.detach() if value_before is None else value_before
+        going = (value <= cap)[..., None, None]
+        gradients = torch.autograd.grad(value.sum(), independent)
+        tangents = [torch.zeros(*W.shape[:-2], *i.shape).to(i).requires_grad_() for W, i in zip(weights, identity)]
+        moved = apply_stale(weights, h, [i + T for i, T in zip(identity, tangents)], preactivation_action, activation)
+        directions = torch.autograd.grad(moved, tangents, gradients)
+        elements = [i + lr * going * D for i, D in zip(identity, directions)]
+        moved = apply_stale(weights, h, elements, preactivation_action, activation)
+        weights = tuple(torch.where(going, new, W) for new, W in zip(moved, weights))
+        h = [x] + [torch.where(going, g @ hidden, hidden) for g, hidden in zip(elements, h[1:])]
+    return Teleportation(weights, start, loss_fn(weights), value_before, squared_gradient_norm(weights, loss_fn))
