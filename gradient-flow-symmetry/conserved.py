@@ -7,13 +7,21 @@ Shapes, everywhere in this file: U (*E, m, h), V (*E, n, h), Y (m, n) or (*E, m,
 ensemble shape; results have shape E. h hidden units, n inputs (= samples), m outputs. A column V[:, i] feeds unit i.
 σ is one of ACTIVATIONS: elementwise, or `radial`, which maps each column v of V to v / ‖v‖².
 
-All functions raise ValueError for an unknown activation, for shapes that do not fit, and for non-finite numbers.
+All functions raise ValueError for an unknown activation, for shapes that do not fit, for non-finite numbers, and for a
+zero column of V where σ is radial.
 """
 
+import math
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import teleport  # noqa: E402
 
 ACTIVATIONS = ("linear", "relu", "tanh", "sigmoid", "radial")
 
@@ -117,8 +125,8 @@ def squared_loss_hessian(U: Tensor, V: Tensor, Y: Tensor, activation: str) -> Te
     batch = parameters.shape[:-1]
     targets = Y.expand(*batch, m, n).reshape(-1, m, n)
     hessian = torch.func.jacfwd(torch.func.grad(squared_loss))
-    rows = [hessian(p, y) for p, y in zip(parameters.view(-1, parameters.shape[-1]), targets, strict=True)]
-    return torch.stack(rows).view(*batch, *rows[0].shape)
+    P = parameters.shape[-1]
+    return torch.vmap(hessian)(parameters.view(-1, P), targets).view(*batch, P, P)
 
 
 def gradient_descent(
@@ -126,8 +134,7 @@ def gradient_descent(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Gradient descent on the mean squared error, all members of the ensemble at once; yields (U, V) at `record`.
 
-    lr: one step size, or one per member (shape E). record: increasing numbers of steps; 0 is the start. The yielded
-    tensors belong to the iteration and change when it goes on: measure or clone them. U and V are left alone.
+    lr: one step size, or one per member (shape E). record: increasing numbers of steps; 0 is the start.
 
     A step of such a small network is all call overhead, so the gradient is written out and every operation works in
     place (the stack of three 5×50 networks of Figure 3 takes five to eight small operations a step).
@@ -145,7 +152,37 @@ def gradient_descent(
     for target in record:
         _descend_(*(W.view(-1, *W.shape[-2:]) for W in (U, V, Y)), activation, rate, target - done)
         done = target
-        yield U, V
+        yield U.clone(), V.clone()
+
+
+def scaled_pair(U: Tensor, V: Tensor, s: float, activation: str) -> tuple[Tensor, Tensor]:
+    """(U, V) moved along its symmetry orbit by g = sI: V' = sV and U' refitted, so that U'σ(V'ᵀ) = Uσ(Vᵀ).
+
+    The pre-activation action of teleport.py with the whitened input, exact where σ(sV) has rank n (needs n ≤ h).
+    Elementwise σ only. Q changes, the loss does not.
+    """
+    X = torch.eye(V.shape[-2], dtype=V.dtype, device=V.device)
+    g = s * torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
+    sigma = {"linear": teleport.IDENTITY, "relu": teleport.RELU, "tanh": teleport.TANH, "sigmoid": teleport.SIGMOID}
+    moved_U, moved_Vt = teleport.preactivation_action(U, V.mT, X, g, sigma[activation])
+    return moved_U, moved_Vt.mT
+
+
+def record_steps(steps: int, per_decade: int) -> list[int]:
+    """Log-spaced numbers of steps for `record`, from 0 and 1 to `steps`; k and k / 10 both occur, up to rounding."""
+    decades = range(int(per_decade * math.log10(steps)) + 1)
+    return sorted({0, 1, *(round(steps * 10 ** (-i / per_decade)) for i in decades)})
+
+
+def published_normal(rows: int, columns: int, mean: float, std: float, seed: int | torch.Generator = 12345) -> Tensor:
+    """The published start: float32 normal numbers as `torch.rand(…).normal_(mean, std)` draws them after `seed`.
+
+    The discarded uniform numbers move the generator on. In the training experiments every matrix starts from the same
+    seed, so that the starts at several standard deviations are one draw, scaled. A generator in place of the seed
+    continues its stream.
+    """
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    return torch.rand(rows, columns, generator=generator).normal_(mean, std, generator=generator)
 
 
 @torch.no_grad()
@@ -205,3 +242,5 @@ def _check(U: Tensor, V: Tensor, activation: str, Y: Tensor | None = None) -> No
     for name, W in (("U", U), ("V", V), ("Y", Y)):
         if W is not None and not torch.isfinite(W).all():
             raise ValueError(f"{name}: not finite")
+    if activation == "radial" and (V == 0).all(-2).any():
+        raise ValueError("V: a column is zero, where v / ‖v‖² has no value")
