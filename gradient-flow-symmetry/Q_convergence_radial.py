@@ -1,0 +1,120 @@
+"""Paper C, Figure 7: convergence of radial networks U σ(Vᵀ), σ(v) = v / ‖v‖², from starts with different Q.
+
+U and V start diagonal in the singular basis of Y, with entries of mean and standard deviation c. The output does not
+depend on c (scaling U and V together is a symmetry of this network), so all runs start from the same loss and differ in
+Q = Tr(UᵀU + VᵀV), proportional to c², alone. Right panel, the check: scaling U and V by c slows gradient flow down by
+c² exactly, so that over flow time divided by Q all loss curves are one.
+
+All starts train as one stack, in float64 from the published float32 numbers.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conserved import conserved_quantity, gradient_descent, published_normal, record_steps, two_layer_loss
+
+from common import cli, plots
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int
+    scales: tuple = (0.01, 0.1, 1.0, 10.0)  # c: mean and standard deviation
+    lr: float = 1e-5
+    reduction: float = 0.1  # the table counts steps until the loss has fallen by this factor
+    outputs: int = 5  # m
+    inputs: int = 10  # n
+    hidden: int = 5  # h
+    per_decade: int = 40  # recorded steps
+    seed: int = 12345
+
+
+PRESETS = {
+    "tiny": Settings(steps=20_000, per_decade=20),
+    "quick": Settings(steps=100_000),
+    "paper": Settings(steps=1_000_000),
+}
+
+
+def experiment(run):
+    s = run.settings
+
+    def train(_):
+        Y, U, V = start(s)
+        Y, U, V = (W.to(run.device, torch.float64) for W in (Y, U, V))
+        steps = record_steps(s.steps, s.per_decade)
+        path = gradient_descent(U, V, Y, "radial", s.lr, steps)
+        Q, loss = [], []
+        for U, V in run.progress(path, total=len(steps)):
+            Q.append(conserved_quantity(U, V, "radial"))
+            loss.append(two_layer_loss(U, V, Y, "radial").square() / Y.numel() / Y.norm())
+        return {"steps": steps, "Q": torch.stack(Q, -1), "loss": torch.stack(loss, -1)}
+
+    arrays = run.parts(train, ["radial"])["radial"]
+    steps, Q, loss = arrays["steps"], arrays["Q"], arrays["loss"]
+    reached = [crossing(steps, row, s.reduction * row[0]) for row in loss]
+    metrics = {
+        "Q_start": Q[:, 0],
+        "Q_relative_drift": Q[:, -1] / Q[:, 0] - 1,
+        "loss_start": loss[:, 0],
+        "loss_end": loss[:, -1],
+        "steps_to_reduction": reached,
+        "flow_time_over_Q": [None if t is None else t * s.lr / q for t, q in zip(reached, Q[:, 0])],
+    }
+    return cli.Outcome(metrics, arrays, seeds=[s.seed])
+
+
+def start(s):
+    """Y (m, n) and the stacks U (·, m, h), V (·, n, h) over the scales, float32 as published."""
+    Y = published_normal(s.outputs, s.inputs, 0, 1, s.seed)
+    phi, _, psi = torch.linalg.svd(Y)  # Y = phi diag psi
+    U, V = (
+        torch.stack([published_normal(rows, s.hidden, c, c, s.seed) * torch.eye(rows, s.hidden) for c in s.scales])
+        for rows in (s.outputs, s.inputs)
+    )
+    return Y, phi @ U, psi.T @ V
+
+
+def crossing(steps, loss, level):
+    """The (interpolated) number of steps at which the loss first falls to the level, or None."""
+    below = np.flatnonzero(loss <= level)
+    if not len(below):
+        return None
+    i = below[0]
+    return float(np.interp(level, loss[[i, i - 1]], steps[[i, i - 1]]))
+
+
+def plot(outcome, s, save):
+    figure, ((left, right),) = plots.panels(1, 2, height=3.1, sharey=True)
+    steps, Q, loss = (outcome.arrays[name] for name in ("steps", "Q", "loss"))
+    for i in range(len(s.scales)):
+        label = f"Q = {Q[i, 0]:.4g}"
+        left.plot(steps, loss[i], label=label, **plots.style(i))
+        right.plot(steps[1:] * s.lr / Q[i, 0], loss[i, 1:], label=label, **plots.style(i))
+    left.set(xlabel="Training steps", ylabel="Loss", yscale="log", ylim=(1e-12, 1))
+    left.ticklabel_format(axis="x", scilimits=(0, 0))
+    left.legend()
+    right.set(xlabel="Flow time / Q", xscale="log")
+    save(figure)
+
+
+def report(outcome, s):
+    m = outcome.metrics
+    rows = []
+    for i, c in enumerate(s.scales):
+        steps, ratio = m["steps_to_reduction"][i], m["flow_time_over_Q"][i]
+        counted = ["not reached", ""] if steps is None else [f"{steps:.4g}", f"{ratio:.4g}"]
+        columns = (m[key][i] for key in ("Q_start", "Q_relative_drift", "loss_start", "loss_end"))
+        rows.append([f"{c:g}", *(f"{x:.4g}" for x in columns), *counted])
+    header = ["c", "Q", "its drift", "loss at start", "at end", f"steps to × {s.reduction:g}", "flow time / Q"]
+    return cli.table(header, rows)
+
+
+if __name__ == "__main__":
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)

@@ -1,0 +1,124 @@
+"""Paper C, Figures 4 and 5: the conserved quantity Q of networks U σ(Vᵀ) with random (Xavier) weights.
+
+Figure 4: four activations at (m, h, n) = (100, 100, 100); Figure 5: the linear network at three shapes. The draws fill
+a narrow range of Q, so training from them explores a small part of the minima. Drawn over each histogram: the normal
+density with the mean and variance of Q in closed form.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conserved import conserved_quantity, published_normal
+
+from common import cli, plots
+
+
+@dataclass(frozen=True)
+class Settings:
+    draws: int  # draw i is seeded i²
+    activations: tuple = ("linear", "relu", "tanh", "sigmoid")  # Figure 4
+    shapes: tuple = ((100, 100, 100), (100, 200, 100), (200, 100, 100))  # (m, h, n); the first is Figure 4's
+
+
+CHUNK = 50  # networks in memory at once
+PRESETS = {"tiny": Settings(draws=100), "quick": Settings(draws=1000), "paper": Settings(draws=1000)}
+
+
+def cases(s):
+    return [(a, s.shapes[0]) for a in s.activations] + [("linear", shape) for shape in s.shapes[1:]]
+
+
+def name(activation, shape):
+    return "_".join([activation, *map(str, shape)])
+
+
+def experiment(run):
+    s = run.settings
+
+    def draw(key):
+        m, h, n = map(int, key.split("_"))
+        activations = [a for a, shape in cases(s) if shape == (m, h, n)]
+        Q = {name(activation, (m, h, n)): [] for activation in activations}
+        for start in run.progress(range(0, s.draws, CHUNK)):
+            seeds = [i**2 for i in range(start, min(start + CHUNK, s.draws))]
+            pairs = [xavier_pair(m, h, n, seed) for seed in seeds]
+            U, V = (torch.stack(matrices).to(run.device, torch.float64) for matrices in zip(*pairs))
+            for activation in activations:
+                Q[name(activation, (m, h, n))].append(conserved_quantity(U, V, activation))
+        return {key: torch.cat(values) for key, values in Q.items()}
+
+    arrays = {}
+    for part in run.parts(draw, ["_".join(map(str, shape)) for shape in s.shapes]).values():
+        arrays |= part
+    metrics = {}
+    for activation, shape in cases(s):
+        Q, (mean, variance) = arrays[name(activation, shape)], moments(activation, *shape)
+        metrics[name(activation, shape)] = {
+            "mean": Q.mean(),
+            "std": Q.std(ddof=1),
+            "expected_mean": mean,
+            "expected_std": variance**0.5,
+            "standard_errors_off": (Q.mean() - mean) / (variance / len(Q)) ** 0.5,
+        }
+    return cli.Outcome(metrics, arrays, seeds=[i**2 for i in range(s.draws)])
+
+
+def xavier_pair(m, h, n, seed):
+    """U (m, h) with variance 1/h, V (n, h) with variance 1/n, drawn one after the other from one stream."""
+    generator = torch.Generator().manual_seed(seed)
+    return published_normal(m, h, 0, h**-0.5, generator), published_normal(n, h, 0, n**-0.5, generator)
+
+
+def moments(activation, m, h, n):
+    """Mean and variance of Q (see conserved_quantity) over the Xavier draws, exact.
+
+    With x normal of variance v: E e^{ax} = e^{a²v/2}, E x e^x = v e^{v/2}, cosh² = (1 + cosh 2x) / 2.
+    """
+    v, e = 1 / n, np.exp
+    # Mean and variance of one entry's term: of x² (half of them for relu), cosh² x, x + eˣ.
+    mean, variance = {
+        "linear": (v, 2 * v**2),
+        "relu": (v / 2, 3 * v**2 / 2 - v**2 / 4),
+        "tanh": ((1 + e(2 * v)) / 2, (1 + e(8 * v)) / 8 - e(4 * v) / 4),
+        "sigmoid": (e(v / 2), v + e(2 * v) - e(v) + 2 * v * e(v / 2)),
+    }[activation]
+    scale = 0.5 if activation == "sigmoid" else 1.0
+    return scale * m - h * n * mean, scale**2 * 2 * m / h + h * n * variance
+
+
+def plot(outcome, s, save):
+    figures = {"activations": [(a, s.shapes[0]) for a in s.activations], "shapes": [("linear", x) for x in s.shapes]}
+    for suffix, chosen in figures.items():
+        figure, axes = plots.panels(1, len(chosen), width=3.2)
+        for ax, (activation, shape) in zip(axes[0], chosen):
+            Q, (mean, variance) = outcome.arrays[name(activation, shape)], moments(activation, *shape)
+            counts, edges, _ = ax.hist(Q, bins=10, color="0.8", edgecolor="0.4")
+            x = np.linspace(edges[0], edges[-1], 200)
+            density = np.exp(-((x - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
+            ax.plot(x, density * len(Q) * (edges[1] - edges[0]), label="closed form", **plots.style(2))
+            title = activation if suffix == "activations" else "(m, h, n) = {}, {}, {}".format(*shape)
+            ax.set(xlabel="$Q$", title=title)
+            ax.locator_params(axis="x", nbins=4)
+            ax.ticklabel_format(axis="x", useOffset=False)
+        axes[0, 0].set_ylabel("Frequency")
+        axes[0, 0].legend(loc="upper left", fontsize=8, handlelength=2, borderaxespad=0)
+        save(figure, suffix)
+
+
+def report(outcome, s):
+    columns = ("mean", "expected_mean", "std", "expected_std")
+    rows = [
+        [f"{activation} {shape}", *(f"{outcome.metrics[name(activation, shape)][c]:.2f}" for c in columns)]
+        for activation, shape in cases(s)
+    ]
+    return cli.table(["σ, (m, h, n)", "mean Q", "closed form", "std Q", "closed form"], rows)
+
+
+if __name__ == "__main__":
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)

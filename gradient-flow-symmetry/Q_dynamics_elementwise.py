@@ -1,0 +1,143 @@
+"""Paper C, Figure 3: the conserved quantity Q during gradient descent on two-layer networks U σ(Vᵀ).
+
+Gradient flow conserves Q exactly; gradient descent lets it drift, by an amount that falls with the step size. Drawn
+over training steps as in the paper: the drift of |Q|, in units of the same terms added instead of subtracted, and the
+loss. Control, in a second figure: at equal flow time (step size × steps) the drift is proportional to the step size,
+while the added terms, which nothing conserves, change by as much whatever the step size is.
+
+The step sizes train as one stack, in float64 from the published float32 numbers.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conserved import (
+    conserved_quantity,
+    gradient_descent,
+    published_normal,
+    quantity_scale,
+    record_steps,
+    two_layer_loss,
+)
+
+from common import cli, plots
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int  # sigmoid: twice as many
+    activations: tuple = ("linear", "relu", "tanh", "sigmoid")
+    rates: tuple = (0.1, 0.01, 0.001)  # step sizes; factors of ten, so that equal flow times are recorded
+    std: float = 0.1  # of the initial U and V
+    outputs: int = 5  # m
+    inputs: int = 10  # n
+    hidden: int = 50  # h
+    per_decade: int = 40  # recorded steps
+    seed: int = 12345
+
+
+PRESETS = {
+    "tiny": Settings(steps=2_000, per_decade=20),
+    "quick": Settings(steps=40_000),
+    "paper": Settings(steps=400_000),
+}
+
+
+def experiment(run):
+    s = run.settings
+
+    def train(activation):
+        Y = published_normal(s.outputs, s.inputs, 0, 1, s.seed).to(run.device, torch.float64)
+        U = published_normal(s.outputs, s.hidden, 0, s.std, s.seed).to(run.device, torch.float64)
+        V = published_normal(s.inputs, s.hidden, 0, s.std, s.seed).to(run.device, torch.float64)
+        rates = torch.tensor(s.rates, dtype=torch.float64, device=run.device)
+        steps = record_steps(s.steps * (2 if activation == "sigmoid" else 1), s.per_decade)
+        stack = U.expand(len(rates), -1, -1)  # one member per step size
+        path = gradient_descent(stack, V, Y, activation, rates, steps)
+        Q, scale, loss = [], [], []
+        for U, V in run.progress(path, total=len(steps), desc=activation):
+            Q.append(conserved_quantity(U, V, activation))
+            scale.append(quantity_scale(U, V, activation))
+            loss.append(two_layer_loss(U, V, Y, activation))
+        return {"steps": steps, **{k: torch.stack(v, -1) for k, v in {"Q": Q, "scale": scale, "loss": loss}.items()}}
+
+    arrays, metrics = {}, {}
+    for activation, part in run.parts(train, s.activations).items():
+        arrays |= {f"{activation}_{name}": array for name, array in part.items()}
+        drift, control = drifts(part["Q"], part["scale"])
+        at = equal_time(part["steps"], s.rates)
+        drift_at, control_at = (np.abs(x[np.arange(len(at)), at]) for x in (drift, control))
+        metrics[activation] = {
+            "Q_start": part["Q"][0, 0],
+            "drift_end": drift[:, -1],
+            "final_loss": part["loss"][:, -1],
+            "drift_at_equal_time": drift_at,
+            "control_at_equal_time": control_at,
+            # 1: the drift is proportional to the step size; 0: it does not depend on it
+            "order_in_step_size": np.polyfit(np.log(s.rates), np.log(drift_at), 1)[0],
+            "control_order": np.polyfit(np.log(s.rates), np.log(control_at), 1)[0],
+        }
+    return cli.Outcome(metrics, arrays, seeds=[s.seed])
+
+
+def drifts(Q, scale):
+    """Figure 3's ΔQ̃ (rates, records), and the same for the added terms."""
+    unit = scale[:, :1]
+    return (np.abs(Q) - np.abs(Q[:, :1])) / unit, (scale - unit) / unit
+
+
+def equal_time(steps, rates):
+    """For each step size the record at the flow time that the smallest one reaches at the end."""
+    times = steps[-1] * min(rates) / np.array(rates)
+    return np.abs(steps - times[:, None]).argmin(1)
+
+
+def plot(outcome, s, save):
+    figure, axes = plots.panels(2, len(s.activations), height=2.4, sharex="col")
+    control_figure, control_axes = plots.panels(1, len(s.activations), sharey=True)
+    for column, activation in enumerate(s.activations):
+        steps, Q, scale, loss = (outcome.arrays[f"{activation}_{name}"] for name in ("steps", "Q", "scale", "loss"))
+        drift, control = drifts(Q, scale)
+        top, bottom, flow = axes[0, column], axes[1, column], control_axes[0, column]
+        for i, rate in enumerate(s.rates):
+            label = f"lr = {rate:g}"
+            top.plot(steps, drift[i], label=label, **plots.style(i))
+            bottom.plot(steps, loss[i], label=label, **plots.style(i))
+            flow.plot(rate * steps[1:], np.abs(drift[i, 1:]), label=rf"$|\Delta\tilde Q|$, {label}", **plots.style(i))
+        for i, rate in enumerate(s.rates):
+            label = "control: terms added" if i == 0 else None
+            flow.plot(rate * steps[1:], np.abs(control[i, 1:]), label=label, color="0.6", linewidth=1)
+        top.set_title(activation)
+        top.ticklabel_format(axis="y", scilimits=(0, 0))
+        bottom.set(xlabel="Training steps", yscale="log")
+        bottom.ticklabel_format(axis="x", scilimits=(0, 0))
+        flow.set(xlabel="Flow time: step size × steps", xscale="log", yscale="log", title=activation)
+    axes[0, 0].set_ylabel(r"$\Delta\tilde Q$")
+    axes[1, 0].set_ylabel("Loss")
+    axes[0, 0].legend()
+    control_axes[0, 0].set_ylabel("Relative change since the start")
+    control_axes[0, -1].legend(fontsize=7)
+    save(figure)
+    save(control_figure, "step_size")
+
+
+def report(outcome, s):
+    rows = []
+    for activation in s.activations:
+        m = outcome.metrics[activation]
+        for i, rate in enumerate(s.rates):
+            columns = ("final_loss", "drift_end", "drift_at_equal_time", "control_at_equal_time")
+            rows.append([activation, f"{rate:g}", *(f"{m[c][i]:.3g}" for c in columns)])
+        rows[-1].append(f"{m['order_in_step_size']:.2f}")
+    header = ["σ", "lr", "final loss", "ΔQ̃ at end", "ΔQ̃ at equal time", "control at equal time", "order in lr"]
+    return cli.table(header, [row + [""] * (len(header) - len(row)) for row in rows])
+
+
+if __name__ == "__main__":
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
