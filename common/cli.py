@@ -20,6 +20,9 @@ A script is settings, experiment, plot, report, and one call:
     if __name__ == "__main__":
         cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
 
+A script may offer choices of its own: main(..., options={"method": ("closed-form", "shapely")}) adds --method, which
+sets the Settings field `method`; anything but the preset's value becomes part of the results' and figures' names.
+
 One JSON and one NPZ per experiment go to results/ (preset `paper`) or results/<preset>/, one PDF and one PNG per
 figure to figures/ likewise; --output moves both folders. Arrays are deterministic; everything that a clock measured
 goes to the JSON, under "timings". A finished part is kept in results/.../<name>.parts/ until the experiment is
@@ -135,10 +138,14 @@ class Run:
         shutil.rmtree(self._parts, ignore_errors=True)
 
 
-def main(script, description, presets, experiment, plot, report, argv=None):
-    """Parse the command line, run or reuse the experiment, draw, print the table. Exits with 2 on a user's mistake."""
+def main(script, description, presets, experiment, plot, report, options=None, argv=None):
+    """Parse the command line, run or reuse the experiment, draw, print the table. Exits with 2 on a user's mistake.
+
+    options: {Settings field: its choices}, the script's own command line options.
+    """
     try:
-        _main(script, description, presets, experiment, plot, report, sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:] if argv is None else argv
+        _main(script, description, presets, experiment, plot, report, options or {}, argv)
     except UserError as error:
         sys.exit(_complain(error))
     except OSError as error:  # a full disk, a read-only folder
@@ -148,10 +155,12 @@ def main(script, description, presets, experiment, plot, report, argv=None):
         sys.exit(130)
 
 
-def _main(script, description, presets, experiment, plot, report, argv):
+def _main(script, description, presets, experiment, plot, report, own_options, argv):
     start = time.perf_counter()
-    options = _parser(description, presets).parse_args(argv)
+    options = _parser(description, presets, own_options).parse_args(argv)
     settings = presets[options.preset]
+    own = {k: v for k in own_options if (v := getattr(options, k)) not in (None, getattr(settings, k))}
+    settings = replace(settings, **own)
     if getattr(options, "seeds", None) is not None:
         settings = replace(settings, seeds=options.seeds)
     chosen = [getattr(settings, "dataset", None)]
@@ -161,7 +170,7 @@ def _main(script, description, presets, experiment, plot, report, argv):
     subfolder = "" if options.preset == "paper" else options.preset
     for dataset in chosen:
         run = Run(
-            name=Path(script).stem + (f"_{dataset}" if dataset else ""),
+            name="_".join([Path(script).stem, *([dataset] if dataset else []), *own.values()]),
             settings=replace(settings, dataset=dataset) if dataset else settings,
             device=_device(options.device),
             folder=output / "results" / subfolder,
@@ -267,7 +276,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def _parser(description, presets):
+def _parser(description, presets, own_options):
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = presets["quick"]
     names = {f.name for f in fields(default)}
@@ -281,6 +290,8 @@ def _parser(description, presets):
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
     if "seeds" in names:
         parser.add_argument("--seeds", type=_positive, help="number of seeds (default: the preset's)")
+    for name, choices in own_options.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", choices=choices, help="default: the preset's")
     parser.add_argument("--replot", action="store_true", help="draw saved results again, compute nothing")
     parser.add_argument("--fresh", action="store_true", help="start over: discard saved results of this preset")
     parser.add_argument("--output", type=Path, help="where figures/ and results/ go (default: the repository)")
