@@ -183,30 +183,47 @@ def curvature(weights, x: Tensor, lie_elements, activation: Activation) -> Tenso
 
     lie_elements: M_m (*E, d_m, d_m) or (d_m, d_m) for each of the L−1 hidden layers. γ', γ'' are the sums over hidden
     layers of the closed forms of Eqs. 47, 57 and 60; κ = √(‖γ'‖²‖γ''‖² − (γ'·γ'')²) / ‖γ'‖³, shape E. Raises ValueError
-    for shapes that do not match, values that are not finite, and where the curve stands still (κ is undefined).
+    for shapes that do not match, values that are not finite, an activation without an inverse, and where the curve of a
+    member stands still (κ is undefined).
     """
     first, second = _curve_derivatives(weights, x, lie_elements, activation)
-    pairs = ((first, first), (second, second), (first, second))
-    aa, bb, ab = (sum((p * q).sum((-2, -1)) for p, q in zip(*pair)) for pair in pairs)
-    _require((aa > 0).all(), "lie_elements: γ' = 0, the curve stands still and has no curvature")
-    return (aa * bb - ab**2).clamp_min(0).sqrt() / aa**1.5
+    speed = _inner(first, first)
+    _require((speed > 0).all(), "lie_elements: γ' = 0, the curve stands still and has no curvature")
+    along = _inner(first, second) / speed
+    across = [b - _like(along, b) * a for a, b in zip(first, second)]  # κ = ‖γ'' across γ'‖ / ‖γ'‖²: nothing cancels
+    return _inner(across, across).sqrt() / speed
+
+
+def _inner(first, second):
+    return sum((a * b).sum((-2, -1)) for a, b in zip(first, second))
 
 
 def _curve_derivatives(weights, x, lie_elements, activation):
-    """γ' and γ'' of `curvature`, each a list with one (*E, d_m, d_{m-1}) per layer."""
+    """γ' and γ'' of `curvature`: two lists with one (*E, d_m, d_{m-1}) per layer.
+
+    Where the input is wide (d_0 > n), the first layer's are coordinates (*E, d_1, n) in an orthonormal basis of the
+    space that the samples span: the same inner products, and x is factored once for the whole ensemble.
+    """
+    if activation.inverse is None:
+        raise ValueError(f"activation {activation.name} has no inverse, which the post-activation action needs")
     if len(lie_elements) != len(weights) - 1:
         raise ValueError(f"lie_elements: {len(lie_elements)} given, the network has {len(weights) - 1} hidden layers")
-    h = hidden_layers(weights, x, activation)
+    _check_network(weights, x)
     first, second = [0] * len(weights), [0] * len(weights)
-    for m, M in enumerate(lie_elements):
-        U, V = weights[m + 1], weights[m]
-        _check_pair(U, V, h[m], M, "M", invertible=False)
-        slope = activation.derivative(V @ h[m])
-        M_h = M @ h[m + 1]
-        first[m] = first[m] + _times_pinv(M_h / slope, h[m])
-        second[m] = second[m] + _times_pinv(M @ M_h / slope, h[m])
-        first[m + 1] = -U @ M
-        second[m + 1] = U @ M @ M
+    h = x
+    for m, (M, V, U) in enumerate(zip(lie_elements, weights, weights[1:])):
+        _check_pair(U, V, h, M, f"lie_elements: M_{m + 1}", invertible=False)
+        # The curve in V's output is z(t) = σ^-1(exp(tM) σ(Vh)): from σ(z)' = Mσ(z) follow z' and z''.
+        z = V @ h
+        slope, y = activation.derivative(z), activation.f(z)
+        y1 = M @ y
+        z1, z2 = y1 / slope, M @ y1 / slope
+        if not activation.homogeneous:  # σ'' is not zero
+            z2 = z2 - z1 * torch.func.jvp(activation.derivative, (z,), (z1,))[1] / slope
+        V1, V2 = _times_pinv(torch.cat((z1, z2), -2), h, coordinates=m == 0).chunk(2, -2)
+        first[m], second[m] = first[m] + V1, second[m] + V2
+        first[m + 1], second[m + 1] = -U @ M, U @ M @ M
+        h = y
     return first, second
 
 
@@ -417,18 +434,21 @@ def _random_elements(identity, count, scale, generator, ensemble_dimensions):
 # Linear algebra and checks
 
 
-def _times_pinv(B: Tensor, A: Tensor) -> Tensor:
+def _times_pinv(B: Tensor, A: Tensor, coordinates: bool = False) -> Tensor:
     """B A^+ for B (*E, r, n), A (*E, k, n): by QR at full rank, by pinv as soon as one member is deficient.
 
-    QR's error grows with the condition number, not with its square as the normal equations' does.
+    QR's error grows with the condition number, not with its square as the normal equations' does. coordinates=True: if
+    k > n, the result may be B R^-1 (*E, r, n), its rows in the orthonormal basis Q of A = QR, which is never formed.
     """
     k, n = A.shape[-2:]
     wide = k <= n
-    Q, R = torch.linalg.qr(A.mT if wide else A)
+    Q, R = torch.linalg.qr(A.mT if wide else A, mode="r" if coordinates and not wide else "reduced")
     if _full_rank(R.detach(), max(k, n)):
         if wide:  # A = R^T Q^T, A^+ = Q R^-T
             return torch.linalg.solve_triangular(R.mT, B @ Q, upper=False, left=False)
-        return torch.linalg.solve_triangular(R, B, upper=True, left=False) @ Q.mT  # A = QR, A^+ = R^-1 Q^T
+        rows = B.reshape(-1, n) if A.ndim == 2 else B  # one solve for the whole ensemble if it shares A
+        B = torch.linalg.solve_triangular(R, rows, upper=True, left=False).reshape(B.shape)
+        return B if coordinates else B @ Q.mT  # A = QR, A^+ = R^-1 Q^T
     return B @ torch.linalg.pinv(A)
 
 

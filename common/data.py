@@ -22,7 +22,7 @@ from common import ROOT, UserError
 
 
 class Dataset(NamedTuple):
-    """Rows are samples, so that a mini-batch is a contiguous slice; `batch.T` is the paper's X (columns are samples)."""
+    """Rows are samples, so that a mini-batch is a contiguous slice; `batch.T` is the paper's X."""
 
     name: str  # as given on the command line
     label: str  # as shown in figures and tables

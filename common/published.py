@@ -17,7 +17,7 @@ def preactivation_action(U, V, h, g, activation: Activation):
 
 
 def apply_stale(weights, h, elements, action, activation):
-    """Act layer by layer, first layer first, with the given hidden layers h whatever the earlier elements did to them."""
+    """Act layer by layer with the given hidden layers h, whatever the elements before did to them."""
     weights = list(weights)
     for m, g in enumerate(elements):
         weights[m + 1], weights[m] = action(weights[m + 1], weights[m], h[m], g, activation)
@@ -27,7 +27,7 @@ def apply_stale(weights, h, elements, action, activation):
 def teleport_gradient_norm(weights, x, loss_fn, *, activation, lr, steps, cap=100.0):
     """The published ascent on ‖∂L/∂W‖² through the pre-activation action (Figures 5 and 13). Ensembles as in teleport.
 
-    A member stops once its squared gradient norm is above cap. Returns a Teleportation; its drift is part of the result.
+    A member stops once its squared gradient norm is above cap. The drift in the result is not zero.
     """
     weights = tuple(W.detach() for W in weights)
     h = hidden_layers(weights, x, activation)
