@@ -236,13 +236,12 @@ def plot(outcome, settings, save):
         mean = rf"$\frac{{1}}{{r}}\,\mathbb{{E}}_{{S_r}}\,\mathrm{{dist}}(w, \gamma_{number})$"
         ax.set(xlabel=r"$\kappa$", ylabel=mean, title=curve.formula)
         scaled.set(xlabel=r"$\kappa r$", ylabel=mean, title=r"exact, against $\kappa r$", xscale="log")
-        scaled.axhline(2 / np.pi, color="#999999", linewidth=0.7, zorder=0)
+        scaled.axhline(2 / np.pi, color="#999999", linewidth=0.7, zorder=0, label=r"$2/\pi$: straight line")
         if published is not None:
             ax.set_title(f"{curve.formula} (thin: published polyline)", fontsize=10)
             rest[0].set(xlabel=r"$\kappa$", ylabel="relative error", title="published polyline")
-        corner = dict(textcoords="offset points", xytext=(0, -3), ha="right", va="top", fontsize=8)
-        scaled.annotate(r"$2/\pi$: straight line", (0.99, 2 / np.pi), xycoords=("axes fraction", "data"), **corner)
-        (ax if published is None else scaled).legend(fontsize=8)
+        for axes in (ax, scaled) if published is None else (scaled,):  # the parabola's curves leave no room in ax
+            axes.legend(fontsize=8)
         save(figure, name)
 
 
