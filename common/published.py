@@ -3,6 +3,8 @@
 The faults: when elements are applied, layers after the first see hidden layers of the network before the move (stale),
 which are then followed by (I + T)h instead of being computed; the actions are not in minimal-change form, so that they
 discard what a rank-deficient batch does not show; and with more samples than units the action is a least-squares fit.
+The post-activation teleport of paper B also takes I − T for the inverse of I + T, and an ascent direction to which
+later layers' dependence on earlier ones adds a spurious term.
 """
 
 import torch
@@ -46,4 +48,31 @@ def teleport_gradient_norm(weights, x, loss_fn, *, activation, lr, steps, cap=10
         moved = apply_stale(weights, h, elements, preactivation_action, activation)
         weights = tuple(torch.where(going, new, W) for new, W in zip(moved, weights))
         h = [x] + [torch.where(going, g @ hidden, hidden) for g, hidden in zip(elements, h[1:])]
+    return Teleportation(weights, start, loss_fn(weights), value_before, squared_gradient_norm(weights, loss_fn))
+
+
+def postactivation_action(U, V, h, T, activation: Activation):
+    """U' = U(I − T), V' = σ^-1((I + T)σ(Vh)) h^+: paper B, Eq. 9, as published: the product of the two is not I."""
+    identity = torch.eye(T.shape[-1], dtype=T.dtype, device=T.device)
+    return U @ (identity - T), activation.inverse((identity + T) @ activation.f(V @ h)) @ torch.linalg.pinv(h)
+
+
+def teleport_postactivation(weights, x, loss_fn, *, activation, lr, steps):
+    """The published ascent on ‖∂L/∂W‖² through the post-activation action (paper B). Ensembles as in teleport.
+
+    x may differ by member: (*E, d_0, n). The drift in the result is large: U(I − T)(I + T)σ(Vh) = U(I − T²)σ(Vh).
+    """
+    weights = tuple(W.detach() for W in weights)
+    start, value_before = loss_fn(weights), squared_gradient_norm(weights, loss_fn)
+    for _ in range(steps):
+        # The direction: moved[m + 1] stays a function of moved[m] through h, so that these are not partial derivatives.
+        tangents = [W.new_zeros(*W.shape[:-1], W.shape[-2]).requires_grad_() for W in weights[:-1]]
+        moved, h = list(weights), x
+        for m, T in enumerate(tangents):
+            moved[m + 1], moved[m] = postactivation_action(moved[m + 1], moved[m], h, T, activation)
+            h = activation.f(moved[m] @ h)
+        gradients = torch.autograd.grad(loss_fn(moved).sum(), moved, create_graph=True)
+        directions = torch.autograd.grad(sum(G.square().sum() for G in gradients), tangents)
+        stale = hidden_layers(weights, x, activation)
+        weights = apply_stale(weights, stale, [lr * D for D in directions], postactivation_action, activation)
     return Teleportation(weights, start, loss_fn(weights), value_before, squared_gradient_norm(weights, loss_fn))
