@@ -198,6 +198,87 @@ def _inner(first, second):
     return sum((a * b).sum((-2, -1)) for a, b in zip(first, second))
 
 
+def curve_curvature(U: Tensor, V: Tensor, h: Tensor, M: Tensor, activation: Activation, t=0.0):
+    """κ and dκ/dt at t of the curve t ↦ preactivation_action(U, V, h, exp(tM)) (paper A, Section 5.2): two tensors E.
+
+    U, V, h, M as U, V, h, g in `preactivation_action`; t a number, or one per member (shape E). For homogeneous σ
+    (σ'' = 0 almost everywhere) and a full-rank hidden layer a closed form; otherwise forward mode, nested three deep.
+    At full row rank the published action runs through the same curve, so κ and dκ/dt are the published ones. dκ/dt is
+    NaN where the curve is straight. Raises ValueError for shapes that do not chain, values that are not finite, and
+    where the curve of a member stands still (κ is undefined).
+    """
+    _check_pair(U, V, h, M, "M", invertible=False)
+    t = torch.as_tensor(t, dtype=M.dtype, device=M.device)
+    _require(t.isfinite().all(), "t must be finite")
+    a, b, c = _action_curve(U, V, h, M, activation, t)
+    speed = _inner(a, a)
+    _require((speed > 0).all(), "M: γ' = 0, the curve stands still and has no curvature")
+    along = _inner(a, b) / speed
+    across = [q - _like(along, q) * p for p, q in zip(a, b)]
+    length = _inner(across, across).sqrt()
+    return length / speed, (_inner(across, c) / length - 3 * along * length) / speed
+
+
+def _action_curve(U, V, h, M, activation, t):
+    """γ', γ'', γ''' of the curve in `curve_curvature`: three pairs (of U', of V'). See there."""
+    g = torch.linalg.matrix_exp(t[..., None, None] * M)
+    gV = [g @ V]  # Taylor coefficients in t of gV, of A = σ(gVh) and of F = Uσ(Vh) − UA; U' = U + F A^+
+    for k in (1, 2, 3):
+        gV.append(M @ gV[-1] / k)
+    z = [g @ (V @ h)]
+    for k in (1, 2, 3):
+        z.append(M @ z[-1] / k)
+    slope = activation.derivative(z[0])
+    A = [slope * z_k for z_k in z]
+    wide = A[0].shape[-2] <= A[0].shape[-1]
+    _, R = torch.linalg.qr(A[0].mT if wide else A[0])
+    if not (activation.homogeneous and _full_rank(R, max(A[0].shape[-2:]))):
+        return _action_curve_forward_mode(U, V, h, M, activation, g)
+    F = [-U @ A_k for A_k in A]
+    F[0] = F[0] + U @ activation.f(V @ h)
+    # From here in coordinates in which A is orthonormal at t; no inverse but that of R is needed.
+    if wide:  # A^+ = A^T (A A^T)^-1
+        A = [torch.linalg.solve_triangular(R.mT, A_k, upper=False) for A_k in A]
+        A_T = [A_k.mT for A_k in A]
+        U_t = _series_quotient(_series_product(F, A_T), _series_product(A, A_T))
+        U_t = [torch.linalg.solve_triangular(R.mT, U_k, upper=False, left=False) for U_k in U_t]
+    else:  # A^+ = (A^T A)^-1 A^T
+        A, F = ([torch.linalg.solve_triangular(R, B_k, upper=True, left=False) for B_k in B] for B in (A, F))
+        A_T = [A_k.mT for A_k in A]
+        U_t = _series_product(_series_quotient(F, _series_product(A_T, A)), A_T)
+    return tuple((k * U_k, k * V_k) for k, U_k, V_k in zip((1, 2, 6), U_t[1:], gV[1:]))
+
+
+def _series_product(A, B):
+    """Taylor coefficients of AB from those of A and B."""
+    return [sum(A[i] @ B[k - i] for i in range(k + 1)) for k in range(len(A))]
+
+
+def _series_quotient(B, G):
+    """Taylor coefficients of B G^-1 from those of B and of G, whose first one is the identity."""
+    X = []
+    for k, B_k in enumerate(B):
+        X.append(B_k - sum(X[i] @ G[k - i] for i in range(k)))
+    return X
+
+
+def _action_curve_forward_mode(U, V, h, M, activation, g):
+    """`_action_curve` for any σ and any rank. exp(sM) to third order in s is all that three derivatives see."""
+    target, zero, one = U @ activation.f(V @ h), V.new_zeros(()), V.new_ones(())
+
+    def curve(s):
+        step = g + s * (M @ g) + s**2 / 2 * (M @ M @ g) + s**3 / 6 * (M @ M @ M @ g)
+        moved = activation.f(step @ V @ h)
+        return U + (target - U @ moved) @ torch.linalg.pinv(moved), step @ V
+
+    def derivative(f):
+        return lambda s: torch.func.jvp(f, (s,), (one,))[1]
+
+    first = derivative(curve)
+    second = derivative(first)
+    return first(zero), second(zero), derivative(second)(zero)
+
+
 def _curve_derivatives(weights, x, lie_elements, activation):
     """γ' and γ'' of `curvature`: two lists with one (*E, d_m, d_{m-1}) per layer.
 
