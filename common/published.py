@@ -31,13 +31,29 @@ def teleport_gradient_norm(weights, x, loss_fn, *, activation, lr, steps, cap=10
 
     A member stops once its squared gradient norm is above cap. The drift in the result is not zero.
     """
+    return _ascend(weights, x, loss_fn, lambda: lambda w: squared_gradient_norm(w, loss_fn), activation, lr, steps, cap)
+
+
+def teleport_sharpness(weights, x, loss_fn, draw, *, activation, lr, steps, maximize=True, cap=2.0):
+    """The published ascent (or descent) on φ through the pre-activation action (Figure 4). Ensembles as in teleport.
+
+    draw() -> a new objective φ(weights) -> E: every step draws its own directions. The published sum over 9 radii is
+    divided by 10, which is φ with 9/10 of lr and 10/9 of cap; up or down, a member stops once φ is above the cap.
+    """
+    lr = (0.9 if maximize else -0.9) * lr
+    return _ascend(weights, x, loss_fn, draw, activation, lr, steps, cap / 0.9)
+
+
+def _ascend(weights, x, loss_fn, draw, activation, lr, steps, cap):
+    """Each step's objective is draw()'s; the first one measures before and after."""
     weights = tuple(W.detach() for W in weights)
     h = hidden_layers(weights, x, activation)
     identity = [torch.eye(W.shape[-2], dtype=W.dtype, device=W.device) for W in weights[:-1]]
-    start, value_before = loss_fn(weights), None
-    for _ in range(steps):
+    start, value_before, first = loss_fn(weights), None, draw()
+    for step in range(steps):
+        objective = draw() if step else first
         independent = tuple(W.clone().requires_grad_() for W in weights)
-        value = squared_gradient_norm(independent, loss_fn)
+        value = objective(independent)
         value_before = value.detach() if value_before is None else value_before
         going = (value <= cap)[..., None, None]
         gradients = torch.autograd.grad(value.sum(), independent)
@@ -48,7 +64,7 @@ def teleport_gradient_norm(weights, x, loss_fn, *, activation, lr, steps, cap=10
         moved = apply_stale(weights, h, elements, preactivation_action, activation)
         weights = tuple(torch.where(going, new, W) for new, W in zip(moved, weights))
         h = [x] + [torch.where(going, g @ hidden, hidden) for g, hidden in zip(elements, h[1:])]
-    return Teleportation(weights, start, loss_fn(weights), value_before, squared_gradient_norm(weights, loss_fn))
+    return Teleportation(weights, start, loss_fn(weights), value_before, first(weights))
 
 
 def postactivation_action(U, V, h, T, activation: Activation):
