@@ -31,7 +31,7 @@ class Settings:
     outputs: int = 5  # m
     inputs: int = 10  # n
     hidden: int = 5  # h
-    per_decade: int = 40  # recorded steps
+    per_decade: int = 100  # recorded steps
     seed: int = 12345
 
 
