@@ -143,9 +143,14 @@ def main(script, description, presets, experiment, plot, report, options=None, a
 
     options: {Settings field: its choices}, the script's own command line options.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    guard(lambda: _main(script, description, presets, experiment, plot, report, options or {}, argv))
+
+
+def guard(function):
+    """Call function(); a user's mistake becomes one line and exit status 2, an interrupt a hint and 130."""
     try:
-        argv = sys.argv[1:] if argv is None else argv
-        _main(script, description, presets, experiment, plot, report, options or {}, argv)
+        function()
     except UserError as error:
         sys.exit(_complain(error))
     except OSError as error:  # a full disk, a read-only folder
@@ -271,13 +276,15 @@ def device_name(device):
     return f"CPU, {model}, {os.cpu_count()} cores"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors."""
+
     def error(self, message):  # argparse prints its usage first; one line is the rule here
         raise UserError(message)
 
 
 def _parser(description, presets, own_options):
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = presets["quick"]
     names = {f.name for f in fields(default)}
     parser.add_argument("--preset", choices=list(presets), default="quick", help="size of the run (default: quick)")

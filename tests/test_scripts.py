@@ -5,7 +5,7 @@ import json
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import SCRIPTS, run_script
+from conftest import SCRIPTS, run_inside
 
 pytestmark = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -54,12 +54,12 @@ def test_table_and_files_are_printed(tiny, script):
 
 def test_replot_and_wrong_options(tiny, script):
     run = tiny(script)[0]
-    status, _, error = run_script(script, "--no-such-option", output=run.folder)
+    status, _, error = run_inside(script, "--no-such-option", output=run.folder)
     assert status == 2 and error.startswith("error: ") and len(error.strip().splitlines()) == 1
     for png in (run.folder / "figures" / "tiny").glob("*.png"):
         png.unlink()
     before = {p.name: p.read_bytes() for p in (run.folder / "results" / "tiny").iterdir()}
-    status, _, error = run_script(script, "--preset", "tiny", "--replot", output=run.folder)
+    status, _, error = run_inside(script, "--preset", "tiny", "--replot", output=run.folder)
     assert status == 0, error
     assert list((run.folder / "figures" / "tiny").glob("*.png"))
     assert before == {p.name: p.read_bytes() for p in (run.folder / "results" / "tiny").iterdir()}

@@ -1,0 +1,32 @@
+# make figures   every figure at its default preset, on embedded data
+# make test      the test suite
+# make paper     the published sizes (needs the datasets; hours; can be stopped and continued)
+
+PYTHON ?= python3
+SCRIPTS = $(shell grep -l 'cli\.main(' *.py */*.py)
+
+.PHONY: figures test paper benchmark clean
+
+figures: .venv/installed
+	@set -e; for script in $(SCRIPTS); do echo; echo "== $$script"; .venv/bin/python $$script; done
+	@echo; echo "The pictures are in figures/quick/, the numbers in results/quick/."
+
+test: .venv/installed-dev
+	.venv/bin/python -m pytest
+
+benchmark: .venv/installed
+	.venv/bin/python benchmarks/benchmark.py
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: requirements.txt | .venv/bin/python
+	.venv/bin/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt requirements.txt | .venv/bin/python
+	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@ .venv/installed
+
+clean:
+	rm -rf figures/tiny figures/quick results/tiny results/quick

@@ -1,0 +1,120 @@
+"""Stacked training equals PyTorch's, member by member; the published initialization; statistics."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from common.mlp import StackedMLP, cross_entropy, initial_weights, published_seeds
+from common.statistics import difference, mean_std, verdict
+
+DIMS = (12, 7, 6, 5)
+TORCH_OPTIMIZERS = {
+    "SGD": lambda p, lr: torch.optim.SGD(p, lr),
+    "momentum": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9),
+    "AdaGrad": lambda p, lr: torch.optim.Adagrad(p, lr),
+    "RMSprop": lambda p, lr: torch.optim.RMSprop(p, lr),
+    "Adam": lambda p, lr: torch.optim.Adam(p, lr),
+}
+
+
+def batches(n=20, size=8):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n * size, DIMS[0], generator=generator, dtype=torch.float64)
+    return x, torch.randint(DIMS[-1], (n * size,), generator=generator)
+
+
+def weights(members=3):
+    return tuple(W.double() for W in initial_weights(DIMS, published_seeds(members)))
+
+
+def torch_training(member, optimizer, lr, x, y, size=8, rebuild_after=None):
+    parameters = [W.clone().requires_grad_() for W in member]
+    algorithm = TORCH_OPTIMIZERS[optimizer](parameters, lr)
+    losses = []
+    for i in range(0, len(x), size):
+        if i // size == rebuild_after:
+            algorithm = TORCH_OPTIMIZERS[optimizer](parameters, lr)
+        h = x[i : i + size].T
+        for W in parameters[:-1]:
+            h = torch.nn.functional.leaky_relu(W @ h, 0.1)
+        loss = torch.nn.functional.cross_entropy((parameters[-1] @ h).T, y[i : i + size])
+        algorithm.zero_grad()
+        loss.backward()
+        algorithm.step()
+        losses.append(loss.item())
+    return [p.detach() for p in parameters], losses
+
+
+@pytest.mark.parametrize("optimizer", TORCH_OPTIMIZERS)
+def test_stack_equals_torch_member_by_member(optimizer):
+    """Different learning rates in one stack; member 1's optimizer is rebuilt half way, the others' is not."""
+    x, y = batches()
+    W, rates = weights(), torch.tensor([0.01, 0.03, 0.1], dtype=torch.float64)
+    net = StackedMLP(W, optimizer, rates)
+    mean_loss = net.train_epoch(x, y, 8, before_step=lambda i: net.reset([1]) if i == 10 else None)
+    for e in range(3):
+        member, losses = torch_training([w[e] for w in W], optimizer, rates[e].item(), x, y, 8, 10 if e == 1 else None)
+        assert math.isclose(mean_loss[e], np.mean(losses), rel_tol=1e-9)
+        for mine, theirs in zip(net.weights, member):
+            torch.testing.assert_close(mine[e], theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_gradients_set_and_evaluate():
+    x, y = batches()
+    net = StackedMLP(weights())
+    leaves = [w.clone().requires_grad_() for w in net.weights]
+    h = x.T
+    for W in leaves[:-1]:
+        h = torch.nn.functional.leaky_relu(W @ h, 0.1)
+    loss = cross_entropy(leaves[-1] @ h, y)
+    loss.sum().backward()
+    gradients, batch_loss = net.gradients(x, y)
+    torch.testing.assert_close(batch_loss, loss.detach())
+    for G, leaf in zip(gradients, leaves):
+        torch.testing.assert_close(G, leaf.grad)
+    test_loss, accuracy = net.evaluate(x, y, batch_size=50)
+    torch.testing.assert_close(test_loss, loss.detach())
+    logits = leaves[-1] @ h
+    torch.testing.assert_close(accuracy, (logits.argmax(1) == y).double().mean(1))
+    net.set(slice(0, 1), [w[1:2] for w in net.weights])
+    torch.testing.assert_close(net.evaluate(x, y)[0][0], test_loss[1])
+    torch.testing.assert_close(net.evaluate(x, y)[0][2], test_loss[2])
+
+
+def test_last_batch_may_be_smaller():
+    x, y = batches()
+    net, member = StackedMLP(weights(1), lr=0.1), None
+    net.train_epoch(x[:30], y[:30], 8)
+    member, _ = torch_training([w[0] for w in weights(1)], "SGD", 0.1, x[:30], y[:30], 8)
+    torch.testing.assert_close(net.weights[0][0], member[0])
+
+
+def test_published_initialization_is_torch_rand_after_manual_seed():
+    for seed, member in zip(published_seeds(2), zip(*initial_weights(DIMS, published_seeds(2)))):
+        torch.manual_seed(seed)
+        for W, i, o in zip(member, DIMS, DIMS[1:]):
+            assert torch.equal(W, (2 * torch.rand(o, i) - 1) / i**0.5)
+    assert published_seeds(3) == [54321, 108642, 162963]
+
+
+def test_cross_entropy_with_labels_per_member():
+    generator = torch.Generator().manual_seed(1)
+    logits, labels = torch.randn(2, 3, 5, 7, generator=generator), torch.randint(5, (3, 7), generator=generator)
+    expected = [[torch.nn.functional.cross_entropy(logits[a, b].T, labels[b]) for b in range(3)] for a in range(2)]
+    torch.testing.assert_close(cross_entropy(logits, labels), torch.tensor(expected))
+
+
+def test_unknown_optimizer():
+    with pytest.raises(ValueError, match="optimizer must be one of"):
+        StackedMLP(weights(), "Lion")
+
+
+def test_statistics():
+    mean, low, high = difference([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    assert math.isclose(mean, 2) and math.isclose(high - mean, 4.302652729911275 / math.sqrt(3), rel_tol=1e-9)
+    assert verdict((mean, low, high)) == "no difference" and verdict((1, 0.5, 2)) == "worse"
+    assert verdict((1, 0.5, 2), smaller_is_better=False) == "better" and verdict((-1, -2, -0.5)) == "better"
+    assert verdict(difference([1.0], [2.0])) == "?" and verdict((1.0, None, None)) == "?"
+    assert mean_std([0.30, 0.31, 0.32]) == "0.310 ± 0.010" and mean_std([1.0, math.inf]) == "diverged"
