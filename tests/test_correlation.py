@@ -1,11 +1,17 @@
 """Sharpness and curvature, one by one and in stacks, and the experiment behind Table 1 and Figures 9 and 10."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from torch import func
 
+import correlation
 import teleport
-from common.mlp import cross_entropy
+from common import UserError
+from common.data import Dataset
+from common.mlp import cross_entropy, published_seeds
 from teleport import TANH, curvature, forward, leaky_relu, postactivation_action, sharpness
 
 LEAKY = leaky_relu(0.1)
@@ -172,3 +178,82 @@ def test_sharpness_refuses_bad_input():
     ):
         with pytest.raises(ValueError, match=message):
             sharpness(network, loss_on(x, labels), d, r)
+
+
+# Table 1
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(60, 9, generator=generator), torch.randint(3, (60,), generator=generator)
+    return Dataset("random", "random", x, y, x, y, (1, 3, 3), {})
+
+
+SETUP = correlation.SETUPS["MNIST"]._replace(dims=(9, 6, 5, 3))
+SETTINGS = correlation.Settings(epochs=2, batches=5, samples=20)  # a pass over the data is 3 batches
+
+
+def test_measures_are_sharpness_and_curvature_with_the_published_draws(data):
+    weights = tuple(W.float() for W in random_network(SETUP.dims, 3)[0])
+    phi, psi = correlation.measure(weights, data, SETUP, SETTINGS)
+    assert phi.shape == psi.shape == (3, 5)
+    for b, rows in enumerate(correlation.random_batches(60, 5, 20)):
+        x, labels = data.x[rows].T, data.y[rows]
+        torch.manual_seed(12345 * b)
+        elements = [torch.rand(d, d) for d in (6, 5)]
+        directions = torch.stack([torch.rand(9 * 6 + 6 * 5 + 5 * 3) for _ in range(20)])
+        radii = torch.tensor(np.arange(0.001, 0.2, 0.01)).float()
+        expected = sharpness(weights, loss_on(x, labels), directions, radii)
+        torch.testing.assert_close(phi[:, b], expected, rtol=1e-6, atol=0)
+        expected = curvature(weights, x, [M / M.square().sum().sqrt() for M in elements], LEAKY)
+        torch.testing.assert_close(psi[:, b], expected, rtol=1e-5, atol=0)
+
+
+def test_batches_pass_over_the_data():
+    batches = correlation.random_batches(65, 5, 20)
+    assert [len(b) for b in batches] == [20] * 5
+    assert len(set(torch.cat(batches[:3]).tolist())) == 60  # no sample twice in a pass
+    assert torch.cat(batches[3:]).tolist() != torch.cat(batches[:2]).tolist()
+
+
+def test_runs_do_not_depend_on_their_group(data):
+    seeds = published_seeds(4)
+    whole, loss = correlation.train(seeds, data, SETUP, SETTINGS)
+    part, part_loss = correlation.train(seeds[2:], data, SETUP, SETTINGS)
+    torch.testing.assert_close(part_loss, loss[2:])
+    for W, V in zip(whole.weights, part.weights):
+        torch.testing.assert_close(V, W[2:])
+
+
+def test_correlation_interval_and_p_value():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=50)
+    y = x + 2 * generator.normal(size=50)
+    c = correlation.correlation(x.astype(np.float32), y)
+    r = np.corrcoef(x, y)[0, 1]
+    np.testing.assert_allclose(c["r"], r, rtol=1e-6)
+    z = np.arctanh(r) + np.array([-1, 1]) * 1.959963985 / 47**0.5
+    np.testing.assert_allclose([c["low"], c["high"]], np.tanh(z), rtol=1e-6)
+    permuted = [abs(np.corrcoef(x, generator.permutation(y))[0, 1]) >= abs(r) for _ in range(4000)]
+    assert abs(c["p"] - np.mean(permuted)) < 0.01
+
+
+def test_tiny_results_say_what_their_arrays_say(tiny):
+    run = tiny("correlation.py")[0]
+    (record,), (arrays,) = run.records.values(), run.arrays.values()
+    assert len(record["seeds"]) == 12 and all(a.shape[0] == 12 for a in arrays.values())
+    assert {"train_loss", "test_loss", "test_accuracy", "phi", "psi"} <= set(arrays)
+    assert ((arrays["test_accuracy"] > 0.2) & (arrays["test_accuracy"] < 1)).all()
+    for x, y in (("phi", "test_loss"), ("psi", "test_loss"), ("phi", "psi")):
+        c = record["metrics"]["correlations"][f"{x}, {y}"]
+        np.testing.assert_allclose(c["r"], np.corrcoef(arrays[x], arrays[y])[0, 1], rtol=1e-6)
+        assert c["low"] < c["r"] < c["high"] and f"{c['r']:.3f}" in run.stdout
+        assert (f"r({correlation.SYMBOLS[x]}, {correlation.SYMBOLS[y]})" in run.stdout.split("not:")[1]) == (
+            c["p"] >= 0.05
+        )
+
+
+def test_too_few_runs_for_an_interval():
+    with pytest.raises(UserError, match="at least 4 runs"):
+        correlation.experiment(SimpleNamespace(settings=correlation.Settings(seeds=3)))
