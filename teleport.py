@@ -433,14 +433,15 @@ def random_search(
     with torch.no_grad():
         start, value = loss_fn(weights), score(weights).detach()
         best, best_value = weights, value
+        elements = [
+            _random_elements(_identity(action, W), candidates, scale, generator, len(E)) if m in layers else None
+            for m, W in enumerate(weights[:-1])
+        ]
         for first in range(0, candidates, chunk_size):
+            chunk = [None if g is None else g[first : first + chunk_size] for g in elements]
             count = min(chunk_size, candidates - first)
-            elements = [
-                _random_elements(_identity(action, W), count, scale, generator, len(E)) if m in layers else None
-                for m, W in enumerate(weights[:-1])
-            ]
             stack = tuple(W.expand(count, *W.shape) for W in weights)
-            stack = apply_to_layers(stack, x, elements, action, activation)
+            stack = apply_to_layers(stack, x, chunk, action, activation)
             values, index = torch.func.vmap(score)(stack).detach().max(0)
             chosen = (
                 W.expand(count, *E, *W.shape[-2:]).gather(0, _like(index, W[0]).expand(1, *E, *W.shape[-2:]))[0]
@@ -470,12 +471,43 @@ def _value_and_gradient(score, weights):
 
 
 def _pull_back(weights, x, gradients, identity, action, activation):
-    """∂objective/∂T at T = 0, one tangent per hidden layer: the action's transposed derivative of ∂objective/∂W."""
+    """∂objective/∂T at T = 0, one tangent per hidden layer: the action's transposed derivative of ∂objective/∂W.
+
+    At the identity the elements of different layers do not interact, and A^+ is not differentiated: it multiplies a
+    difference that is zero there. That makes closed forms short; an action of the user's own goes through autograd.
+    """
+    if action in _TRANSPOSED:
+        h = hidden_layers(weights, x, activation)
+        pairs = zip(weights[1:], weights, h, gradients[1:], gradients)
+        return [_TRANSPOSED[action](*pair, activation) for pair in pairs]
     E = weights[0].shape[:-2]
     tangents = [torch.zeros_like(i).expand(*E, *i.shape).requires_grad_() for i in identity]
     with torch.enable_grad():
         moved = apply_to_layers(weights, x, [i + t for i, t in zip(identity, tangents)], action, activation)
         return torch.autograd.grad(moved, tangents, gradients)
+
+
+def _pull_preactivation(U, V, h, G_U, G_V, activation):
+    z = V @ h
+    back = U.mT @ _times_pinv(G_U, activation.f(z).mT)  # G_U (A^+)^T for dU' = -U (σ'(z) ⊙ Tz) A^+
+    return G_V @ V.mT - (activation.derivative(z) * back) @ z.mT
+
+
+def _pull_postactivation(U, V, h, G_U, G_V, activation):
+    z = V @ h
+    back = _times_pinv(G_V, h.mT)  # G_V (h^+)^T for dV' = (Tσ(z) / σ'(z)) h^+, and dU' = -UT
+    return (back / activation.derivative(z)) @ activation.f(z).mT - U.mT @ G_U
+
+
+def _pull_rescaling(U, V, h, G_U, G_V, activation):
+    return (G_V * V).sum(-1) - (G_U * U).sum(-2)
+
+
+_TRANSPOSED = {
+    preactivation_action: _pull_preactivation,
+    postactivation_action: _pull_postactivation,
+    rescaling_action: _pull_rescaling,
+}
 
 
 def _backtrack(moved, score, loss_fn, step, value, start, sign, tolerance):

@@ -288,6 +288,18 @@ def test_ascent_direction_against_finite_differences(action):
     assert math.isclose(sum((T * D).sum() for T, D in zip(tangents, directions)), slope, rel_tol=1e-6)
 
 
+@pytest.mark.parametrize("action", [preactivation_action, postactivation_action])
+@pytest.mark.parametrize("samples", [3, 12])
+def test_an_action_of_ones_own_goes_through_autograd(action, samples):
+    """…and gives what the closed form of the same action gives, also where hidden layers are rank-deficient."""
+    weights = network(20, (8, 6, 5, 4), (2,))
+    x, y = data(20, 8, samples, 4)
+    options = dict(objective=squared_gradient_norm, activation=LEAKY, lr=1e-3, steps=2)
+    own = teleport(weights, x, losses(x, y), action=lambda *arguments: action(*arguments), **options)
+    for a, b in zip(own.weights, teleport(weights, x, losses(x, y), action=action, **options).weights):
+        close(a, b, 1e-9)
+
+
 def test_actions_are_differentiable_in_g():
     weights = network(10, (6, 5, 3))
     x, _ = data(10, 6, 8, 3)
