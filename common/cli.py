@@ -26,7 +26,8 @@ sets the Settings field `method`; anything but the preset's value becomes part o
 One JSON and one NPZ per experiment go to results/ (preset `paper`) or results/<preset>/, one PDF and one PNG per
 figure to figures/ likewise; --output moves both folders. Arrays are deterministic; everything that a clock measured
 goes to the JSON, under "timings". A finished part is kept in results/.../<name>.parts/ until the experiment is
-complete, so that an interrupted run continues; everything is written to a temporary name first and renamed.
+complete, so that an interrupted run continues; everything is written to a temporary name first and renamed. Under
+torchrun the ranks divide the parts among themselves (common/ranks.py) and rank 0 writes the results.
 """
 
 import argparse
@@ -45,7 +46,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import ROOT, UserError
+from common import ROOT, UserError, ranks
 from common import data as datasets
 
 
@@ -97,8 +98,8 @@ class Run:
         Each finished part is saved at once; a rerun of the same configuration computes only the missing ones.
         run.seconds(key) tells how long a part took, in whichever run computed it.
         """
-        results = {}
-        for key in self.progress(list(keys), desc=self.name, unit="part"):
+        results, keys = {}, list(keys)
+        for key in self.progress(keys[ranks.RANK :: ranks.WORLD], desc=self.name, unit="part"):
             path = self._parts / f"{key}.npz"
             if path.exists():
                 self._resumed.append(key)
@@ -107,8 +108,10 @@ class Run:
                 arrays = {k: _array(v) for k, v in function(key).items()}
                 _save_npz(path, {**arrays, "_seconds": np.float64(time.perf_counter() - start)})
             results[key] = _load_npz(path)  # what was just saved too: a resumed run sees the same types
-            self._seconds[key] = float(results[key].pop("_seconds"))
-        return results
+        for theirs in ranks.gather(results):
+            results.update(theirs)
+        self._seconds.update({key: float(results[key].pop("_seconds")) for key in keys})
+        return {key: results[key] for key in keys}
 
     def seconds(self, key):
         return self._seconds[key]
@@ -125,14 +128,16 @@ class Run:
 
     def open_parts(self):
         """Make the folder of finished parts, or check that the one there belongs to this configuration."""
-        if self.fresh and self._parts.exists():
-            shutil.rmtree(self._parts)
         manifest = self._parts / "configuration.json"
         configuration = {**self.configuration(), "files": self.files}
-        if manifest.exists():
-            _check_configuration(manifest, json.loads(manifest.read_text()), configuration)
-        else:
-            _write_text(manifest, json.dumps(configuration, indent=1))
+        if ranks.LOCAL_RANK == 0:
+            if self.fresh and self._parts.exists():
+                shutil.rmtree(self._parts)
+            if manifest.exists():
+                _check_configuration(manifest, json.loads(manifest.read_text()), configuration)
+            else:
+                _write_text(manifest, json.dumps(configuration, indent=1))
+        ranks.gather(None)  # nobody computes before the folder is there
 
     def close_parts(self):
         shutil.rmtree(self._parts, ignore_errors=True)
@@ -150,6 +155,7 @@ def main(script, description, presets, experiment, plot, report, options=None, a
 def guard(function):
     """Call function(); a user's mistake becomes one line and exit status 2, an interrupt a hint and 130."""
     try:
+        ranks.start()
         function()
     except UserError as error:
         sys.exit(_complain(error))
@@ -158,6 +164,8 @@ def guard(function):
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to continue", file=sys.stderr)
         sys.exit(130)
+    finally:
+        ranks.stop()
 
 
 def _main(script, description, presets, experiment, plot, report, own_options, argv):
@@ -180,10 +188,12 @@ def _main(script, description, presets, experiment, plot, report, own_options, a
             device=_device(options.device),
             folder=output / "results" / subfolder,
             data_dir=options.data_dir,
-            quiet=options.quiet,
+            quiet=options.quiet or ranks.RANK > 0,
             fresh=options.fresh,
         )
         outcome, files = _outcome(run, experiment, options.replot)
+        if ranks.RANK > 0:
+            continue
         figures = output / "figures" / subfolder
 
         def save(figure, suffix="", name=run.name, figures=figures, files=files):
@@ -194,7 +204,7 @@ def _main(script, description, presets, experiment, plot, report, own_options, a
             print(report(outcome, run.settings))
             reused = "" if run.computed else " (results reused; --fresh computes them again)"
             print("\nfiles: " + ", ".join(_relative(f) for f in files) + reused)
-    if not options.quiet:
+    if not options.quiet and ranks.RANK == 0:
         print(f"{time.perf_counter() - start:.1f} s")
 
 
@@ -203,7 +213,9 @@ def _outcome(run, experiment, replot):
     json_path, npz_path = run.folder / f"{run.name}.json", run.folder / f"{run.name}.npz"
     if replot and not json_path.exists():
         raise UserError(f"nothing to replot: {_relative(json_path)} does not exist; run without --replot first")
-    if json_path.exists() and (replot or not run.fresh):
+    if ranks.first(json_path.exists() and (replot or not run.fresh)):
+        if ranks.RANK > 0:
+            return None, []
         record = _read_record(json_path)
         if not replot:
             _check_configuration(json_path, record["configuration"], run.configuration())
@@ -216,6 +228,8 @@ def _outcome(run, experiment, replot):
         run.data()  # a missing dataset is noticed before anything is written
     run.open_parts()
     outcome = experiment(run)
+    if ranks.RANK > 0:
+        return None, []
     outcome = outcome._replace(arrays={k: _array(v) for k, v in outcome.arrays.items()})
     record = {
         "configuration": run.configuration(),
@@ -224,6 +238,7 @@ def _outcome(run, experiment, replot):
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "device": device_name(run.device),
         "threads": torch.get_num_threads(),
+        "ranks": ranks.WORLD,
         "elapsed_seconds": time.perf_counter() - start + run.resumed_seconds(),
         "git_commit": _git_commit(),
         "metrics": outcome.metrics,
@@ -315,7 +330,9 @@ def _positive(text):
 def _device(name):
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available; use --device cpu")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", ranks.LOCAL_RANK % torch.cuda.device_count())
 
 
 def _present(data_dir):
@@ -423,5 +440,6 @@ def _relative(path):
 
 
 def _complain(error):
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    if ranks.RANK == 0:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

@@ -3,7 +3,10 @@
 import gzip
 import hashlib
 import json
+import os
 import struct
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -187,3 +190,21 @@ def test_no_pickles():
         if not {".venv", "tests"} & set(path.relative_to(ROOT).parts):
             text = path.read_text()
             assert "import pickle" not in text and "allow_pickle=True" not in text, path
+
+
+def test_torchrun_divides_the_parts_and_changes_nothing(tiny, tmp_path):
+    """Two ranks write what one process writes, bit for bit (same threads each)."""
+    whole = tiny(SCRIPT)[0].folder / "results" / "tiny" / "teleport_optimization_mnist-mini.npz"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", SCRIPT, "--preset", "tiny"]
+    result = subprocess.run(
+        [*command, "--output", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "results" / "tiny" / whole.name).read_bytes() == whole.read_bytes()
+    assert json.loads((tmp_path / "results" / "tiny" / f"{whole.stem}.json").read_text())["ranks"] == 2
+    assert result.stdout.count("files: ") == 1  # one rank reports
