@@ -62,8 +62,7 @@ def _largest_root(p, q):
     D = q**2 + p**3
     with np.errstate(divide="ignore", invalid="ignore"):
         s = np.cbrt(q + np.sqrt(D))
-        t = p / s
-        one = np.where(p > 0, 2 * q / (s**2 + p + t**2), s - t)  # s − t, without its cancellation
+        one = s - p / s  # cancels where p > 0 and q is small; there the slope hardly matters
         three = 2 * np.sqrt(-p) * np.cos(np.arccos(q / np.sqrt(-p) ** 3) / 3)
     return scale * np.select([(p == 0) & (q == 0), D >= 0], [0, one], three)
 

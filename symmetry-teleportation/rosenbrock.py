@@ -1,0 +1,35 @@
+"""Paper B, the Rosenbrock function: L = 100 (x² − y)² + (x − 1)², a teleport every hundred steps of gradient descent.
+
+u = 10 (x² − y), v = x − 1. The published ascent on the angle (lr_θ = 0.1) overshoots while the loss is large: in the
+first teleports the angle jumps by many turns and a change of 1e-15 in w ends elsewhere on the orbit, so there it is
+a random draw more than an ascent. Arm `random angle` is the control.
+"""
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import so2
+
+from common import cli
+
+ROSENBROCK = so2.TestFunction(
+    loss=lambda x, y: 100 * (x**2 - y) ** 2 + (x - 1) ** 2,
+    to_uv=lambda x, y: (10 * (x**2 - y), x - 1),
+    from_uv=lambda u, v: (v + 1, (v + 1) ** 2 - u / 10),
+    minimum=(1, 1),
+    levels=(1, 1e1, 1e2, 1e3, 1e4),
+    window=((-2, 2), (-2, 4)),
+    floor=1e-20,
+)
+PAPER = so2.Settings(
+    start=(-1.0, -1.0), steps=1000, teleports=tuple(range(99, 1000, 100)), lr=1e-3, lr_theta=0.1, adagrad_lr=3.0
+)
+PRESETS = {"tiny": replace(PAPER, steps=250, teleports=(99, 199), seeds=2), "quick": PAPER, "paper": PAPER}
+experiment, plot = partial(so2.experiment, function=ROSENBROCK), partial(so2.plot, function=ROSENBROCK)
+
+if __name__ == "__main__":
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, so2.report)

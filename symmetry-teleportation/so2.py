@@ -1,0 +1,335 @@
+"""SO(2) teleportation on test functions of two variables: what booth.py and rosenbrock.py share.
+
+Source: Zhao, Dehmamy, Walters, Yu, *Symmetry Teleportation for Accelerated Optimization* (NeurIPS 2022, arXiv
+2205.10637). In coordinates (u, v) with L = u² + v² a rotation by any angle θ leaves the loss alone; teleportation looks
+along this orbit for a larger dL/dt = ‖∂L/∂w‖², the speed at which gradient flow lowers the loss.
+
+w is a float64 tensor (2, *E) with rows x and y, *E any ensemble shape; angles are in radians.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import cli, plots
+
+
+class TestFunction(NamedTuple):
+    """A loss L(x, y) = u² + v²: elementwise functions of two tensors."""
+
+    __test__ = False  # not a test case for pytest
+
+    loss: Callable  # (x, y) -> L
+    to_uv: Callable  # (x, y) -> (u, v)
+    from_uv: Callable  # (u, v) -> (x, y)
+    minimum: tuple  # (x, y)
+    # what figures show:
+    levels: tuple  # losses of the level sets
+    window: tuple  # ((x from, to), (y from, to))
+    floor: float  # smallest loss
+
+
+# Derivatives, by autograd
+
+
+def gradient(function: TestFunction, w: Tensor, create_graph: bool = False) -> Tensor:
+    """∂L/∂w, (2, *E). With create_graph, w must require grad and the result can be differentiated again."""
+    w = w if create_graph else w.detach().requires_grad_()
+    return torch.autograd.grad(function.loss(*w).sum(), w, create_graph=create_graph)[0]
+
+
+def hessian(function: TestFunction, w: Tensor) -> Tensor:
+    """∂²L/∂w², (2, 2, *E)."""
+    w = w.detach().requires_grad_()
+    rows = gradient(function, w, create_graph=True)
+    return torch.stack([torch.autograd.grad(row.sum(), w, retain_graph=True)[0] for row in rows])
+
+
+def newton_direction(function: TestFunction, w: Tensor) -> Tensor:
+    """(∂²L/∂w²)⁻¹ ∂L/∂w, (2, *E)."""
+    H, g = hessian(function, w), gradient(function, w)
+    return torch.linalg.solve(H.movedim((0, 1), (-2, -1)), g.movedim(0, -1)).movedim(-1, 0)
+
+
+# The group and teleportation
+
+
+def act(function: TestFunction, theta: Tensor, w: Tensor) -> Tensor:
+    """g·w for the rotation g by theta in (u, v): (2, *E), the loss unchanged. theta and w[0] broadcast."""
+    u, v = function.to_uv(*w)
+    return torch.stack(function.from_uv(theta.cos() * u - theta.sin() * v, theta.sin() * u + theta.cos() * v))
+
+
+def along_orbit(function: TestFunction, theta: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The point g·w, dL/dt = ‖∂L/∂w‖² there, and the first and second derivative of dL/dt in theta."""
+    theta = theta.detach().requires_grad_()
+    point = act(function, theta, w)
+    speed = gradient(function, point, create_graph=True).square().sum(0)
+    (first,) = torch.autograd.grad(speed.sum(), theta, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), theta)
+    return point.detach(), speed.detach(), first.detach(), second
+
+
+def published_teleport(function: TestFunction, w: Tensor, theta: Tensor, lr: float, steps: int = 10) -> Tensor:
+    """Gradient ascent on dL/dt from the angle theta (*E). As published, the point is that before the last update."""
+    for _ in range(steps):
+        point, _, first, _ = along_orbit(function, theta, w)
+        theta = theta + lr * first
+    return point
+
+
+def orbit_maximum(function: TestFunction, w: Tensor, starts: int = 64) -> Tensor:
+    """The angle in [−π, π] at which dL/dt is largest on the orbit of w, (*E); the smallest one if there are several.
+
+    Newton's method on the angle from a grid of starts. On the orbit of a polynomial, dL/dt is a trigonometric
+    polynomial (of degree 2 for Booth, 4 for Rosenbrock): the grid cannot miss a maximum.
+    """
+    spacing = 2 * torch.pi / starts
+
+    def newton_steps(theta, count):
+        for _ in range(count):
+            _, _, first, second = along_orbit(function, theta, w)
+            step = torch.where(second < 0, -first / second, 0)  # a start between maxima stays, and is not chosen
+            theta = theta + step.clamp(-spacing, spacing)
+        return theta
+
+    grid = (torch.arange(starts, dtype=w.dtype) - starts // 2) * spacing
+    theta = newton_steps(grid.view(-1, *[1] * (w.ndim - 1)).expand(starts, *w.shape[1:]), 6)
+    theta = torch.remainder(theta + torch.pi, 2 * torch.pi) - torch.pi
+    speed = along_orbit(function, theta, w)[1]
+    as_good = speed >= speed.amax(0) * (1 - 1e-12)
+    best = torch.where(as_good, theta.abs(), torch.inf).argmin(0, keepdim=True)
+    # Equal to 1e-12 in dL/dt is 1e-6 in the angle: the chosen one is polished.
+    return newton_steps(theta.gather(0, best)[0], 3)
+
+
+# Optimizers: functions (w, ∂L/∂w) -> what to subtract from w
+
+
+def gradient_descent(lr: float) -> Callable:
+    return lambda w, g: lr * g
+
+
+def adagrad(lr: float) -> Callable:
+    total = 0
+
+    def update(w, g):
+        nonlocal total  # teleportation keeps this state
+        total = total + g.square()
+        return lr * g / (total.sqrt() + 1e-10)
+
+    return update
+
+
+def newton(function: TestFunction) -> Callable:
+    return lambda w, g: newton_direction(function, w)
+
+
+def descend(function, start, steps, update, teleport=None, when=()):
+    """`steps` steps from `start` (2, *E): the iterates and where they were left from, two (steps + 1, 2, *E) tensors.
+
+    They differ at the steps in `when`: there w is replaced by teleport(w) first. Raises ValueError for a start that is
+    not finite.
+    """
+    if not torch.isfinite(start).all():
+        raise ValueError("start: not finite")
+    w, iterates, departures = start, [], []
+    for step in range(steps + 1):
+        iterates.append(w)
+        if step in when:
+            w = teleport(w)
+        departures.append(w)
+        w = w - update(w, gradient(function, w))
+    return torch.stack(iterates), torch.stack(departures)
+
+
+# What both scripts do
+
+
+@dataclass(frozen=True)
+class Settings:
+    start: tuple  # (x, y)
+    steps: int
+    teleports: tuple  # before these steps
+    lr: float
+    lr_theta: float  # of the published ascent on the angle, in radians
+    adagrad_lr: float  # the best of 0.1, 0.3, 1, 3, 10 for AdaGrad alone
+    ascent_steps: int = 10
+    newton_steps: int = 10
+    seeds: int = 10  # of the starting angles; the first is that of the published figures' recorded run
+
+
+ARMS = {
+    "gd": "GD",
+    "gd_random": "GD + random angle",
+    "gd_published": "GD + published teleport",
+    "gd_maximum": "GD + orbit maximum",
+    "adagrad": "AdaGrad",
+    "adagrad_maximum": "AdaGrad + orbit maximum",
+    "newton": "Newton's method",
+}
+SHOWN = ("gd", "gd_published", "gd_maximum", "adagrad", "adagrad_maximum", "newton")  # as trajectories
+
+
+def starting_angles(seed, count):
+    """Uniform in [0, π), drawn as the published code does."""
+    return torch.from_numpy(np.random.RandomState(seed).random(count) * np.pi)
+
+
+def experiment(run, function):
+    s = run.settings
+    seeds = list(range(1, s.seeds + 1))
+    angles = torch.stack([starting_angles(seed, len(s.teleports)) for seed in seeds], dim=1)  # (teleports, seeds)
+    start = torch.tensor(s.start, dtype=torch.float64)[:, None]
+
+    def to_maximum(w):
+        return act(function, orbit_maximum(function, w), w)
+
+    def published(steps):
+        theta = iter(angles)
+        return lambda w: published_teleport(function, w, next(theta), s.lr_theta, steps)
+
+    arms = {  # start, steps, optimizer, teleportation
+        "gd": (start, s.steps, gradient_descent(s.lr), None),
+        "gd_random": (start.expand(2, s.seeds), s.steps, gradient_descent(s.lr), published(1)),  # no ascent
+        "gd_published": (start.expand(2, s.seeds), s.steps, gradient_descent(s.lr), published(s.ascent_steps)),
+        "gd_maximum": (start, s.steps, gradient_descent(s.lr), to_maximum),
+        "adagrad": (start, s.steps, adagrad(s.adagrad_lr), None),
+        "adagrad_maximum": (start, s.steps, adagrad(s.adagrad_lr), to_maximum),
+        "newton": (start, s.newton_steps, newton(function), None),
+    }
+    arrays, metrics = {}, {}
+    for name, (w, steps, optimizer, teleport) in arms.items():
+        when = [t for t in s.teleports if t <= steps] if teleport else []
+        iterates, departures = descend(function, w, steps, optimizer, teleport, when)
+        result = measure(function, iterates.movedim(1, 0), departures.movedim(1, 0), when)
+        metrics[name] = summary(result)
+        arrays |= {f"{name}_{key}": value for key, value in result.items()}
+    return cli.Outcome(metrics, arrays, seeds)
+
+
+def measure(function, iterates, departures, when):
+    """Arrays from iterates and departures (2, steps + 1, *E); those of teleports have length len(when) instead."""
+    loss, speed = function.loss(*departures), gradient(function, departures).square().sum(0)
+    before, after = iterates[:, when], departures[:, when]
+    result = {"path": iterates[..., 0].T, "loss": loss, "speed": speed}
+    if when:
+        g, n = gradient(function, after), newton_direction(function, after)
+        cross, dot = g[0] * n[1] - g[1] * n[0], (g * n).sum(0)
+        best = along_orbit(function, orbit_maximum(function, before), before)[1]
+        result |= {
+            "when": torch.tensor(when),
+            "arrivals": after[..., 0].T,
+            "drift": loss[when] - function.loss(*before),
+            "speed_before": gradient(function, before).square().sum(0),
+            "speed_of_orbit": best,  # its maximum over the orbit
+            "degrees_from_newton": torch.rad2deg(torch.atan2(cross.abs(), dot.abs())),  # between the two lines
+        }
+    return result
+
+
+def summary(result):
+    loss = result["loss"]
+    reached = loss < 1e-3
+    first = torch.where(reached.any(0), reached.int().argmax(0).double(), torch.nan)
+    metrics = {"final_loss": loss[-1], "steps_to_loss_below_1e-3": first}
+    if "drift" in result:
+        drift, at = result["drift"].abs(), loss[result["when"]]
+        settled = at > 1e-4  # where rounding of x and y does not dominate: L is then known to a few 1e-13
+        metrics |= {
+            "largest_drift": drift.max(),
+            "largest_relative_drift": (drift / at)[settled].max(),  # of the teleports at L > 1e-4
+            "speed_gain": (result["speed_of_orbit"] / result["speed_before"])[settled].median(),  # available
+            "speed_share": (result["speed"][result["when"]] / result["speed_of_orbit"])[settled].median(),  # reached
+            "degrees_from_newton": result["degrees_from_newton"][settled].max(),
+        }
+    return metrics
+
+
+def plot(outcome, settings, save, function):
+    save(_trajectories(outcome.arrays, settings, function), "trajectories")
+    save(_convergence(outcome.arrays, function), "convergence")
+
+
+def _trajectories(arrays, settings, function):
+    """The first seed's paths over the level sets, teleports as arrows."""
+    figure, axes = plots.panels(2, 3, width=3.2, height=2.9, sharex=True, sharey=True)
+    black, blue, red, green = plots.COLORS[:4]
+    arrow = {"arrowstyle": "->", "color": red, "linestyle": "--", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 8}
+    t = np.linspace(0, 2 * np.pi, 4000)
+    for ax, name in zip(axes.flat, SHOWN):
+        for level in function.levels:
+            x, y = function.from_uv(np.sqrt(level) * np.cos(t), np.sqrt(level) * np.sin(t))
+            ax.plot(x, y, color="#bbbbbb", linewidth=0.7)
+        path = arrays[f"{name}_path"]
+        if f"{name}_when" in arrays:
+            when, arrivals = arrays[f"{name}_when"], arrays[f"{name}_arrivals"]
+            for departure, arrival in zip(path[when], arrivals):
+                ax.annotate("", arrival, departure, arrowprops=arrow)
+            gap = np.full_like(arrivals, np.nan)  # the line breaks at a teleport and goes on where it arrives
+            path = np.insert(path, np.repeat(when + 1, 2), np.stack([gap, arrivals], axis=1).reshape(-1, 2), axis=0)
+        (steps,) = ax.plot(*path.T, ".-", color=blue, markersize=4, linewidth=1)
+        (start,) = ax.plot(*settings.start, "o", color=black, markersize=6, linestyle="")
+        (minimum,) = ax.plot(*function.minimum, "*", color=green, markersize=11, zorder=1, linestyle="")
+        ax.set(title=ARMS[name], xlim=function.window[0], ylim=function.window[1])
+    (teleport,) = axes[0, 0].plot([], [], "--", color=red)
+    for ax in axes[-1]:
+        ax.set_xlabel("$x$")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("$y$")
+    labels = ["start", "steps", "teleport", "minimum"]
+    figure.legend([start, steps, teleport, minimum], labels, loc="outside upper center", ncols=4)
+    return figure
+
+
+def _convergence(arrays, function):
+    """Loss and dL/dt against the step, dL/dt against loss: the first seed thick, the others thin."""
+    figure, ((loss_ax, speed_ax, phase_ax),) = plots.panels(1, 3, width=3.6, height=3.4)
+    for i, (name, label) in enumerate(ARMS.items()):
+        # Newton's method reaches 0; just below the frame it still shows from where to where.
+        loss, speed = (np.maximum(arrays[f"{name}_{key}"], 1e-6 * function.floor) for key in ("loss", "speed"))
+        for ax, curves in ((loss_ax, loss), (speed_ax, speed)):
+            ax.plot(curves[:, 1:], **plots.style(i) | {"linewidth": 0.5, "alpha": 0.3})
+            ax.plot(curves[:, 0], label=label, **plots.style(i))
+        if name in SHOWN:
+            x, y = loss[:, 0], speed[:, 0]
+            if f"{name}_when" in arrays:  # a teleport goes up a line of constant loss
+                when, before = arrays[f"{name}_when"], arrays[f"{name}_speed_before"][:, 0]
+                phase_ax.plot(x[when], y[when], plots.MARKERS[i], color=plots.COLORS[i], markersize=4)
+                x, y = np.insert(x, when, x[when]), np.insert(y, when, before)
+            phase_ax.plot(x, y, **plots.style(i))
+    dL_dt, floor = r"$dL/dt = \|\partial L/\partial w\|^2$", (function.floor, None)
+    loss_ax.set(xlabel="step", ylabel="loss")
+    speed_ax.set(xlabel="step", ylabel=dL_dt)
+    phase_ax.set(xlabel="loss", ylabel=dL_dt, title="markers: after a teleport", xscale="log", xlim=floor)
+    for ax in (loss_ax, speed_ax, phase_ax):
+        ax.set(yscale="log", ylim=floor)
+    figure.legend(*loss_ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
+    return figure
+
+
+def report(outcome, settings):
+    rows = []
+    for name, label in ARMS.items():
+        m = outcome.metrics[name]
+        loss = m["final_loss"]
+        reached = [t for t in m["steps_to_loss_below_1e-3"] if t is not None]
+        seeds = f" ({len(reached)}/{len(loss)})" if len(loss) > 1 else ""
+        row = [label, f"{np.median(loss):.1e}", f"{min(loss):.0e} … {max(loss):.0e}" if len(loss) > 1 else ""]
+        row += [(f"{np.median(reached):.0f}" if reached else "-") + seeds]
+        if "largest_drift" in m:
+            row += [f"{m['largest_drift']:.0e}", f"{m['largest_relative_drift']:.0e}"]
+            row += [f"{m['speed_share']:.3f}", f"{m['degrees_from_newton']:.1e}"]
+        rows.append(row + [""] * (8 - len(row)))
+    header = ["", "final loss", "over seeds", "L < 1e-3 at", "largest drift", "relative*", "dL/dt*", "Newton*"]
+    gain = outcome.metrics["gd_maximum"]["speed_gain"]
+    notes = (
+        f"Medians over {len(outcome.seeds)} starting angles. * Of the teleports at L > 1e-4. dL/dt: median share of\n"
+        f"its maximum over the orbit that a teleport reaches; the maximum is {gain:.1f} times what GD had (median).\n"
+        "Newton: largest angle between gradient and Newton direction after a teleport, in degrees."
+    )
+    return cli.table(header, rows) + "\n\n" + notes
