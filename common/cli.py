@@ -251,6 +251,12 @@ def _outcome(run, experiment, replot):
     return _read(_read_record(json_path), npz_path), [json_path, npz_path]
 
 
+def read(json_path):
+    """A results file as (record, Outcome), for whoever reports on it."""
+    record = _read_record(json_path)
+    return record, _read(record, json_path.with_suffix(".npz"))
+
+
 def _read(record, npz_path):
     label = record["dataset"]["label"]
     return Outcome(record["metrics"], _load_npz(npz_path), record["seeds"], record["timings"], label)
