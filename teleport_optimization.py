@@ -205,7 +205,10 @@ def plot_curves(outcome, s, x_axis):
                 values = outcome.arrays[f"{optimizer}/{key}"][a, 0]
                 label = arm if key == "test_loss" else None
                 plots.band(ax, x, values, label, a, **dict(look, linestyle=line, linewidth=1.1))
-        ax.set(title=optimizer, yscale="log", xlabel="epoch" if x_axis == "epoch" else "seconds a run")
+        ax.set(title=optimizer, xlabel="epoch" if x_axis == "epoch" else "seconds a run")
+        plots.log_loss(ax)
+        both = [outcome.arrays[f"{optimizer}/{key}"][:, 0] for key in ("train_loss", "test_loss")]
+        ax.set_ylim(top=1.1 * max(values[..., min(1, s.epochs - 1)].mean(1).max() for values in both))  # from epoch 2
     axes[0, 0].set_ylabel(f"loss, {outcome.label}\n(training dashed, test solid)")
     axes[0, -1].legend(fontsize=8)
     return figure
@@ -224,9 +227,11 @@ def plot_sweep(outcome, s):
                 spread = values.std(1, ddof=1) if s.seeds > 1 else None
                 look = plots.style(a, marker=True)
                 ax.errorbar(x, values.mean(1), spread, label=arm, capsize=2, **dict(look, linewidth=1))
-            ax.set(title=f"{optimizer}, epoch {epoch}", xscale="log", yscale="log", xlabel="learning rate / published")
+            ax.set(title=f"{optimizer}, epoch {epoch}", xscale="log", xlabel="learning rate / published")
             ax.set_xticks(s.factors, [f"×{f}" for f in s.factors])
             ax.minorticks_off()
+            plots.log_loss(ax)
+            ax.set_ylim(top=1.3 * outcome.arrays[f"{optimizer}/train_loss"][:, 0, :, epoch - 1].mean(1).max())
         row[0].set_ylabel(f"training loss, {outcome.label}")
     axes[0, -1].legend(fontsize=8)
     return figure

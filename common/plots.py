@@ -1,6 +1,7 @@
 """One plot style: readable in print and without colour (every curve has its own line style or marker)."""
 
 import matplotlib
+import matplotlib.ticker
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -53,3 +54,11 @@ def band(ax, x, y, label=None, i=0, **options):
         spread = y.std(0, ddof=1)
         ax.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, linewidth=0)
     return line
+
+
+def log_loss(ax):
+    """A logarithmic y axis for values within about a decade, where powers of ten would leave one label or none."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    ax.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
