@@ -137,7 +137,8 @@ def gradient_descent(
     lr: one step size, or one per member (shape E). record: increasing numbers of steps; 0 is the start.
 
     A step of such a small network is all call overhead, so the gradient is written out and every operation works in
-    place (the stack of three 5×50 networks of Figure 3 takes five to eight small operations a step).
+    place: for the stack of three 5×50 networks of Figure 3, 18 to 28 µs a step (two cores of an AMD EPYC, float64).
+    Compiling pays nothing there: torch.compile over 20 unrolled steps took 22 to 24 µs a step.
     """
     _check(U, V, activation, Y)
     m, n = Y.shape[-2:]
