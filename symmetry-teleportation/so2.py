@@ -329,7 +329,7 @@ def report(outcome, settings):
     gain = outcome.metrics["gd_maximum"]["speed_gain"]
     notes = (
         f"Medians over {len(outcome.seeds)} starting angles. * Of the teleports at L > 1e-4. dL/dt: median share of\n"
-        f"its maximum over the orbit that a teleport reaches; the maximum is {gain:.1f} times what GD had (median).\n"
-        "Newton: largest angle between gradient and Newton direction after a teleport, in degrees."
+        "its maximum over the orbit that a teleport reaches; in GD + orbit maximum this raises dL/dt by a factor of\n"
+        f"{gain:.4g} (median). Newton: largest angle between gradient and Newton direction after a teleport (degrees)."
     )
     return cli.table(header, rows) + "\n\n" + notes
