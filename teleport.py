@@ -105,7 +105,8 @@ def postactivation_action(U: Tensor, V: Tensor, h: Tensor, g: Tensor, activation
     z = V @ h
     target = activation.inverse(g @ activation.f(z))
     _require(target.isfinite().all(), f"g: g σ(Vh) leaves the range of {activation.name}")
-    return torch.linalg.solve(g, U, left=False), V + _times_pinv(target - z, h)
+    batch = torch.broadcast_shapes(g.shape[:-2], U.shape[:-2])  # else solve may take U for a stack of vectors
+    return torch.linalg.solve(g, U.expand(*batch, *U.shape[-2:]), left=False), V + _times_pinv(target - z, h)
 
 
 def rescaling_action(U: Tensor, V: Tensor, s: Tensor, activation: Activation):
@@ -138,7 +139,8 @@ def apply_to_layers(weights, x: Tensor, elements, action: Callable, activation: 
         if g is not None:
             arguments = (g,) if action is rescaling_action else (h, g)
             weights[m + 1], weights[m] = action(weights[m + 1], weights[m], *arguments, activation)
-        h = activation.f(weights[m] @ h)
+        if action is not rescaling_action and any(later is not None for later in elements[m + 1 :]):
+            h = activation.f(weights[m] @ h)
     return tuple(weights)
 
 
@@ -338,7 +340,7 @@ def teleport(
     lr,
     steps: int,
     maximize: bool = True,
-    cap: float | None = None,
+    cap=None,
     retraction: str = "first_order",
     bound: float | None = None,
     backtracking: bool = False,
@@ -348,8 +350,8 @@ def teleport(
 
     weights: W_m (*E, d_m, d_{m-1}); x (d_0, n), the batch that data-dependent actions preserve; loss_fn(weights) -> E.
     objective(weights, loss_fn) -> E, or objective(weights) -> E: larger is better, smaller with maximize=False.
-    action: one of the three above. lr: a number, or one per member (shape E). cap: a member stops as soon as its
-    objective is beyond it. retraction: the element of T is I + T ("first_order") or exp(T) ("exp"); its inverse is
+    action: one of the three above. lr, cap: a number, or one per member (shape E); a member stops as soon as its
+    objective is beyond cap. retraction: the element of T is I + T ("first_order") or exp(T) ("exp"); its inverse is
     exact either way. bound (rescaling only; the gradient norm has no maximum on that orbit): a unit's total scale stays
     within [1/bound, bound]. backtracking: halve a member's step until its objective improves and its loss is within
     tolerance (relative) of where it started; a member for which 30 halvings do not help stays where it is.
@@ -414,12 +416,14 @@ def random_search(
     generator: torch.Generator,
     objective: Callable,
     layers=None,
-    chunk_size: int = 250,
+    draw: Callable | None = None,
+    chunk_size: int = 50,
 ) -> Teleportation:
     """Teleport by sampling: of `candidates` random group elements, keep for each member the one that scores best.
 
     An element is I + scale·R, R uniform in [−1, 1] with Frobenius norm 1 (so invertible for scale < 1); for rescaling
-    s = exp(scale·r), r uniform in [−1, 1]. Members share the candidates. layers: indices of the hidden layers to act on
+    s = exp(scale·r), r uniform in [−1, 1]. draw(identity, candidates, scale, generator) replaces that; it returns a
+    stack (candidates, *identity.shape). Members share the candidates. layers: indices of the hidden layers to act on
     (default: all at once). A member that no candidate improves stays where it is. weights, x, loss_fn, objective as in
     `teleport`; both are vectorized over candidates, chunk_size of them at a time. Raises ValueError as `teleport` does.
     """
@@ -429,24 +433,25 @@ def random_search(
     score = _score(objective, loss_fn)
     weights = tuple(W.detach() for W in weights)
     E = weights[0].shape[:-2]
-    layers = range(len(weights) - 1) if layers is None else layers
+    hidden = range(len(weights) - 1)
+    layers = hidden if layers is None else layers
+    if not set(layers) <= set(hidden):
+        raise ValueError(f"layers: {list(layers)}, the network's hidden layers are {list(hidden)}")
     with torch.no_grad():
         start, value = loss_fn(weights), score(weights).detach()
         best, best_value = weights, value
-        elements = [
-            _random_elements(_identity(action, W), candidates, scale, generator, len(E)) if m in layers else None
-            for m, W in enumerate(weights[:-1])
-        ]
+        elements = [None] * (len(weights) - 1)
+        for m in layers:
+            identity = _identity(action, weights[m])
+            drawn = (draw or _random_elements)(identity, candidates, scale, generator)
+            elements[m] = drawn.to(identity).reshape(candidates, *[1] * len(E), *identity.shape)
         for first in range(0, candidates, chunk_size):
             chunk = [None if g is None else g[first : first + chunk_size] for g in elements]
             count = min(chunk_size, candidates - first)
-            stack = tuple(W.expand(count, *W.shape) for W in weights)
-            stack = apply_to_layers(stack, x, chunk, action, activation)
+            moved = apply_to_layers(weights, x, chunk, action, activation)  # layers no element touches stay (*E, …)
+            stack = tuple(M.expand(count, *W.shape) for M, W in zip(moved, weights))
             values, index = torch.func.vmap(score)(stack).detach().max(0)
-            chosen = (
-                W.expand(count, *E, *W.shape[-2:]).gather(0, _like(index, W[0]).expand(1, *E, *W.shape[-2:]))[0]
-                for W in stack
-            )
+            chosen = (S.gather(0, _like(index, W).expand(1, *W.shape))[0] for S, W in zip(stack, weights))
             better = values > best_value
             best = tuple(torch.where(_like(better, C), C, B) for C, B in zip(chosen, best))
             best_value = torch.where(better, values, best_value)
@@ -533,14 +538,11 @@ def _identity(action, W):
     return ones if action is rescaling_action else torch.diag(ones)
 
 
-def _random_elements(identity, count, scale, generator, ensemble_dimensions):
-    R = 2 * torch.rand(count, *identity.shape, generator=generator, device=generator.device) - 1
-    R = R.to(identity)
+def _random_elements(identity, candidates, scale, generator):
+    R = 2 * torch.rand(candidates, *identity.shape, generator=generator, device=generator.device).to(identity) - 1
     if identity.ndim == 1:
-        elements = (scale * R).exp()
-    else:
-        elements = identity + scale * R / R.norm(dim=(-2, -1), keepdim=True)
-    return elements.reshape(count, *[1] * ensemble_dimensions, *identity.shape)
+        return (scale * R).exp()
+    return identity + scale * R / R.norm(dim=(-2, -1), keepdim=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -633,7 +635,16 @@ def _check_pair(U, V, h, g, name="g", invertible=True):
         raise ValueError(f"{name} is {_shape(g)}, expected {d}×{d} for V {_shape(V)}")
     _check_finite(U=U, V=V, h=h, **{name: g})
     if invertible:
-        inverse, info = torch.linalg.inv_ex(g.detach())
-        condition = inverse.norm(dim=(-2, -1)) * g.detach().norm(dim=(-2, -1))
-        regular = (info == 0) & (condition * torch.finfo(g.dtype).eps < 1)
-        _require(regular.all(), f"{name} is singular")
+        _check_invertible(g.detach(), name)
+
+
+def _check_invertible(g, name):
+    distance = (g - torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)).norm(dim=(-2, -1))
+    try:
+        if (distance < 0.9).all():  # the Neumann series of g^-1 converges: nothing to compute
+            return
+    except RuntimeError:  # inside vmap no value can be looked at
+        return
+    inverse, info = torch.linalg.inv_ex(g)
+    condition = inverse.norm(dim=(-2, -1)) * g.norm(dim=(-2, -1))
+    _require(((info == 0) & (condition * torch.finfo(g.dtype).eps < 1)).all(), f"{name} is singular")
