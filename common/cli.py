@@ -143,13 +143,15 @@ class Run:
         shutil.rmtree(self._parts, ignore_errors=True)
 
 
-def main(script, description, presets, experiment, plot, report, options=None, argv=None):
+def main(script, description, presets, experiment, plot, report, options=None, name=None, argv=None):
     """Parse the command line, run or reuse the experiment, draw, print the table. Exits with 2 on a user's mistake.
 
-    options: {Settings field: its choices}, the script's own command line options.
+    options: {Settings field: its choices}, the script's own command line options. name: of the results and figures
+    (default: the script's; two scripts that share a name in two folders need one).
     """
     argv = sys.argv[1:] if argv is None else argv
-    guard(lambda: _main(script, description, presets, experiment, plot, report, options or {}, argv))
+    name = name or Path(script).stem
+    guard(lambda: _main(name, description, presets, experiment, plot, report, options or {}, argv))
 
 
 def guard(function):
@@ -168,7 +170,7 @@ def guard(function):
         ranks.stop()
 
 
-def _main(script, description, presets, experiment, plot, report, own_options, argv):
+def _main(name, description, presets, experiment, plot, report, own_options, argv):
     start = time.perf_counter()
     options = _parser(description, presets, own_options).parse_args(argv)
     settings = presets[options.preset]
@@ -183,7 +185,7 @@ def _main(script, description, presets, experiment, plot, report, own_options, a
     subfolder = "" if options.preset == "paper" else options.preset
     for dataset in chosen:
         run = Run(
-            name="_".join([Path(script).stem, *([dataset] if dataset else []), *own.values()]),
+            name="_".join([name, *([dataset] if dataset else []), *own.values()]),
             settings=replace(settings, dataset=dataset) if dataset else settings,
             device=_device(options.device),
             folder=output / "results" / subfolder,
