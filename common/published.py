@@ -9,7 +9,7 @@ later layers' dependence on earlier ones adds a spurious term.
 
 import torch
 
-from teleport import Activation, Teleportation, hidden_layers, squared_gradient_norm
+from teleport import Activation, Teleportation, curve_curvature, hidden_layers, squared_gradient_norm
 
 
 def preactivation_action(U, V, h, g, activation: Activation):
@@ -42,6 +42,20 @@ def teleport_sharpness(weights, x, loss_fn, draw, *, activation, lr, steps, maxi
     """
     lr = (0.9 if maximize else -0.9) * lr
     return _ascend(weights, x, loss_fn, draw, activation, lr, steps, cap / 0.9)
+
+
+def teleport_curvature(weights, x, M, *, activation, lr, maximize=True):
+    """The published step on κ (Figure 4): exp(tM) acts on the layers 2 and 3, t = ±lr dκ/dt, however far that is.
+
+    One network, M (d_2, d_2). Returns the new weights; NaN where the element overflows.
+    """
+    U, V, h = weights[2], weights[1], hidden_layers(weights, x, activation)[1]
+    _, slope = curve_curvature(*(a.double() for a in (U, V, h, M)), activation)
+    g = torch.linalg.matrix_exp((lr if maximize else -lr) * slope.to(M) * M)
+    if not (g @ V @ h).isfinite().all():
+        return weights[0], V * torch.nan, U * torch.nan
+    U, V = preactivation_action(U, V, h, g, activation)
+    return weights[0], V, U
 
 
 def _ascend(weights, x, loss_fn, draw, activation, lr, steps, cap):

@@ -17,10 +17,11 @@ class Sharpness:
 
     x (d_0, n), columns are samples; labels (n,); directions (k, P) and radii (k,) as in `teleport.sharpness`; dims =
     (d_0, …, d_L). It holds the k·d_1·n products D_j X, and nothing of `directions`; `chunk` copies are worked on at
-    once. Raises ValueError for shapes that do not match a zero direction, values that are not finite.
+    once (default: such that a first hidden layer of theirs takes 1 MiB). Raises ValueError for shapes that do not
+    match, a zero direction, values that are not finite.
     """
 
-    def __init__(self, x, labels, directions, radii, dims, activation, chunk=8):
+    def __init__(self, x, labels, directions, radii, dims, activation, chunk=None):
         sizes = [o * i for i, o in zip(dims, dims[1:])]
         k = len(directions)
         if directions.shape != (k, sum(sizes)) or radii.shape != (k,) or len(x) != dims[0]:
@@ -33,7 +34,8 @@ class Sharpness:
         if not radii.isfinite().all():
             raise ValueError("radii must be finite")
         scale = radii / norms
-        self.x, self.labels, self.activation, self.chunk = x, labels, activation, chunk
+        self.x, self.labels, self.activation = x, labels, activation
+        self.chunk = chunk or max(1, 2**18 // (dims[1] * x.shape[1]))
         first, *rest = directions.split(sizes, 1)
         self.products = x.new_empty(k, dims[1], x.shape[1])  # D_j X
         for part, s, out in zip(first.split(32), scale.split(32), self.products.split(32)):
