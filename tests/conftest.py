@@ -58,6 +58,7 @@ def run_inside(script, *options, output, data_dir=None):
     arguments = [script, "--output", str(output), *options, *(["--data-dir", str(data_dir)] if data_dir else [])]
     stdout, stderr, path = io.StringIO(), io.StringIO(), list(sys.path)
     status = 0
+    sys.path.insert(0, str((ROOT / script).parent))  # as `python SCRIPT` does
     try:
         with mock.patch.object(sys, "argv", arguments), redirect_stdout(stdout), redirect_stderr(stderr):
             runpy.run_path(str(ROOT / script), run_name="__main__")
