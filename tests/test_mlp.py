@@ -118,3 +118,16 @@ def test_statistics():
     assert verdict((1, 0.5, 2), smaller_is_better=False) == "better" and verdict((-1, -2, -0.5)) == "better"
     assert verdict(difference([1.0], [2.0])) == "?" and verdict((1.0, None, None)) == "?"
     assert mean_std([0.30, 0.31, 0.32]) == "0.310 ± 0.010" and mean_std([1.0, math.inf]) == "diverged"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optimizer", TORCH_OPTIMIZERS)
+def test_cuda_graph_equals_the_cpu(optimizer):
+    """An epoch of replayed steps, with a smaller last batch and one member's optimizer rebuilt on the way."""
+    x, y = batches()
+    nets = [StackedMLP([W.to(device) for W in weights()], optimizer, 0.01) for device in ("cpu", "cuda")]
+    for net in nets:
+        data, labels = x.to(net.lr.device), y.to(net.lr.device)
+        net.train_epoch(data, labels, 12, before_step=lambda i, net=net: net.reset([1]) if i == 5 else None)
+    for cpu, gpu in zip(nets[0].weights, nets[1].weights):
+        torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-8, atol=1e-10)
