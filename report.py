@@ -51,6 +51,7 @@ class Section(NamedTuple):
 
 def load(section):
     """The section's results, datasets in the order MNIST, Fashion-MNIST, CIFAR-10."""
+    sys.path.insert(0, str((ROOT / section.script).parent))  # as Python does for the script it runs
     script = runpy.run_path(str(ROOT / section.script), run_name="report")
     stem, kind = section.name or Path(section.script).stem, type(script["PRESETS"]["paper"])
     results = []
@@ -161,6 +162,92 @@ def displacement(results):
     ]
 
 
+def so2(results):
+    m = results[0].metrics
+    final = {arm: median(m[arm]["final_loss"]) for arm in m}
+    names = {"gd": "gradient descent", "gd_random": "random angles", "gd_published": "the published ascent"}
+    names |= {"gd_maximum": "the orbit's maximum", "newton": "Newton's method"}
+    drift = max(m[arm].get("largest_relative_drift", 0) for arm in m)
+    return [
+        "Final loss, median over starting angles: " + ", ".join(f"{names[a]} {final[a]:.2g}" for a in names) + ".",
+        f"Share of the largest dL/dt that a teleport reaches: published {m['gd_published']['speed_share']:.0%}, "
+        f"random angle {m['gd_random']['speed_share']:.0%}. At the maximum the gradient is within "
+        f"{m['gd_maximum']['degrees_from_newton']:.0e} degrees of Newton's direction. Largest drift {drift:.0e}.",
+    ]
+
+
+def dynamics(results):
+    m = results[0].metrics
+    lines = [
+        f"{name}: Q drifts by {abs(v['drift_at_equal_time'][0]):.1e} at the largest step size, as its power "
+        f"{v['order_in_step_size']:.2f}; the control (terms added, not subtracted) moves by "
+        f"{abs(v['control_at_equal_time'][0]):.2g}, as its power {v['control_order']:.2f}."
+        for name, v in m.items()
+    ]
+    return lines
+
+
+def dynamics_finding(results):
+    orders = [v["order_in_step_size"] for v in results[0].metrics.values()]
+    return (
+        f"Gradient flow's conserved quantities are conserved: under gradient descent they drift in proportion to the "
+        f"step size to the power {min(orders):.2f} to {max(orders):.2f}."
+    )
+
+
+def distribution(results):
+    off = max(abs(v["standard_errors_off"]) for v in results[0].metrics.values())
+    spread = max(abs(v["std"] / v["expected_std"] - 1) for v in results[0].metrics.values())
+    return [
+        f"Q of Xavier draws has the closed-form mean (at most {off:.1f} standard errors off) and deviation (to "
+        f"{spread:.0%}): it concentrates around a value that the shape and the activation fix."
+    ]
+
+
+def convergence(results):
+    m, s = results[0].metrics, results[0].settings
+    lines = []
+    for name, v in m.items():
+        published, orbit = len(s.stds), [s.base, *range(len(s.stds), len(v["Q_start"]))]
+        pairs = [
+            ", ".join(f"Q = {v['Q_start'][i]:.4g}: {steps(v['steps_to_threshold'][i])}" for i in chosen)
+            for chosen in (range(published), orbit)
+        ]
+        lines.append(
+            f"{name}, steps to loss {s.threshold:g}: published starts {pairs[0]}. The same start function, moved along "
+            f"its orbit: {pairs[1]}."
+        )
+    return lines
+
+
+def convergence_radial(results):
+    m = results[0].metrics
+    times = [t for t in m["flow_time_over_Q"] if t]
+    return [
+        f"All starts compute the same function, and the time to converge is proportional to Q: flow time / Q = "
+        f"{min(times):.3f} to {max(times):.3f} over Q = {m['Q_start'][0]:.2g} to {m['Q_start'][len(times) - 1]:.2g}; "
+        f"Q = {m['Q_start'][-1]:.4g} {'converges' if m['steps_to_reduction'][-1] else 'does not converge in time'}."
+    ]
+
+
+def hessian(results):
+    lines = []
+    for name, v in results[0].metrics.items():
+        largest = ", ".join(f"{e:.3g}" for e in v["largest"])
+        values = ", ".join(f"{q:.4g}" for q in v["Q"])
+        lines.append(f"{name}: largest eigenvalues {largest} at minima with Q = {values} (the last three: one orbit).")
+    return lines
+
+
+def steps(count):
+    return "not reached" if count is None else f"{count:,.0f}"
+
+
+def median(values):
+    values = sorted(values)
+    return (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
+
+
 def listed(names):
     return ", ".join(names) if names else "none"
 
@@ -200,6 +287,56 @@ SECTIONS = (
         "When the loss landscape shifts, the expected distance to a more curved minimum is larger.",
         "exact mean distances; the published polyline's largest relative error.",
         displacement,
+    ),
+    Section(
+        "Booth (NeurIPS 2022)",
+        "symmetry-teleportation/booth.py",
+        "One teleport along the level set lets gradient descent converge like Newton's method.",
+        "final losses, and how much of the orbit's largest dL/dt a teleport reaches.",
+        so2,
+    ),
+    Section(
+        "Rosenbrock (NeurIPS 2022)",
+        "symmetry-teleportation/rosenbrock.py",
+        "Teleportation accelerates gradient descent.",
+        "as for Booth.",
+        so2,
+    ),
+    Section(
+        "Q dynamics (ICLR 2023, Figure 3)",
+        "gradient-flow-symmetry/Q_dynamics_elementwise.py",
+        "Q is nearly constant during gradient descent.",
+        "drift of Q at equal training time, as a power of the step size; 1 is what a first-order method leaves.",
+        dynamics,
+        dynamics_finding,
+    ),
+    Section(
+        "Q distribution (ICLR 2023, Figures 4 and 5)",
+        "gradient-flow-symmetry/Q_distribution.py",
+        "Common initializations reach a narrow range of Q only.",
+        "1000 draws against closed-form mean and standard deviation.",
+        distribution,
+    ),
+    Section(
+        "Q and convergence (ICLR 2023, Figure 6)",
+        "gradient-flow-symmetry/Q_convergence_elementwise.py",
+        "Convergence depends on Q.",
+        "steps to a loss, from the published starts (which differ in function too) and along one orbit (which do not).",
+        convergence,
+    ),
+    Section(
+        "Q and convergence, radial (ICLR 2023, Figure 7)",
+        "gradient-flow-symmetry/Q_convergence_radial.py",
+        "Convergence depends on Q.",
+        "time to reduce the loss, divided by Q.",
+        convergence_radial,
+    ),
+    Section(
+        "Q and the Hessian (ICLR 2023, Figure 9)",
+        "gradient-flow-symmetry/Q_hessian_eigenvalues.py",
+        "Q goes with the sharpness of the minimum.",
+        "largest Hessian eigenvalue at minima with different Q.",
+        hessian,
     ),
 )
 

@@ -29,5 +29,7 @@ PAPER = so2.Settings(start=(5.0, -5.0), steps=10, teleports=(4,), lr=0.08, lr_th
 PRESETS = {"tiny": replace(PAPER, seeds=2), "quick": PAPER, "paper": PAPER}
 experiment, plot = partial(so2.experiment, function=BOOTH), partial(so2.plot, function=BOOTH)
 
+report = so2.report
+
 if __name__ == "__main__":
-    cli.main(__file__, __doc__, PRESETS, experiment, plot, so2.report)
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)

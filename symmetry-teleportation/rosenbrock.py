@@ -31,5 +31,7 @@ PAPER = so2.Settings(
 PRESETS = {"tiny": replace(PAPER, steps=250, teleports=(99, 199), seeds=2), "quick": PAPER, "paper": PAPER}
 experiment, plot = partial(so2.experiment, function=ROSENBROCK), partial(so2.plot, function=ROSENBROCK)
 
+report = so2.report
+
 if __name__ == "__main__":
-    cli.main(__file__, __doc__, PRESETS, experiment, plot, so2.report)
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
