@@ -236,7 +236,7 @@ class Mover:
         s, up = self.s, arm.maximize
         options = dict(activation=ACTIVATION, lr=lr, steps=s.ascent_steps, maximize=up)
         if arm.kind == "random":
-            moved = random_move(weights, self.x, self.distance[up], self.generator)
+            moved = random_move(weights, self.x, self.distance.get(up, 0), self.generator)
             return moved, torch.stack([self.phi(weights), self.phi(moved)])
         if arm.kind == "published":
             result = published.teleport_sharpness(weights, self.x, self.loss_fn, self.new_phi, cap=s.cap, **options)
@@ -255,7 +255,7 @@ class Mover:
         if arm.kind == "published":
             moved = published.teleport_curvature(weights, self.x, M, activation=ACTIVATION, lr=lr)
         elif arm.kind == "random":
-            moved = act(weights, self.x, self.coin * abs(self.t[arm.maximize]) * M)
+            moved = act(weights, self.x, self.coin * abs(self.t.get(arm.maximize, 0)) * M)
         else:
             moved, t = curvature_teleport(weights, self.x, self.loss_fn, M, lr, self.s.tolerance)
             if arm.kind == "teleport":
@@ -307,10 +307,10 @@ def random_move(weights, x, length, generator):
     if length == 0:  # the arm that it follows stopped at its cap
         return weights
     s = 1e-3
-    for _ in range(5):  # the distance is nearly proportional to s
+    for _ in range(12):
         elements = [torch.eye(len(r)).to(r) + s * r for r in R]
         moved = apply_to_layers(weights, x, elements, preactivation_action, ACTIVATION)
-        s = s * length / distance(moved, weights)
+        s = s * (length / distance(moved, weights)) ** 0.5  # the distance grows faster than s: half a step of the way
     return moved
 
 

@@ -74,7 +74,7 @@ def _ascend(weights, x, loss_fn, draw, activation, lr, steps, cap):
         tangents = [torch.zeros(*W.shape[:-2], *i.shape).to(i).requires_grad_() for W, i in zip(weights, identity)]
         moved = apply_stale(weights, h, [i + T for i, T in zip(identity, tangents)], preactivation_action, activation)
         directions = torch.autograd.grad(moved, tangents, gradients)
-        elements = [i + lr * going * D for i, D in zip(identity, directions)]
+        elements = [i + lr * (going * D) for i, D in zip(identity, directions)]
         moved = apply_stale(weights, h, elements, preactivation_action, activation)
         weights = tuple(torch.where(going, new, W) for new, W in zip(moved, weights))
         h = [x] + [torch.where(going, g @ hidden, hidden) for g, hidden in zip(elements, h[1:])]

@@ -1,12 +1,18 @@
 """Figure 4's parts: the curvature of the pre-activation curve, the fast sharpness objective, and the script's moves."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from conftest import read_results, run_inside
 from torch.testing import assert_close
 
 import teleport as tp
-from common import published
-from common.mlp import cross_entropy
+import teleport_sharpness_curvature as figure4
+from common import cli, published
+from common.data import load
+from common.mlp import StackedMLP, cross_entropy, initial_weights
 from common.sharpness import Sharpness
 from teleport import (
     IDENTITY,
@@ -19,6 +25,7 @@ from teleport import (
     leaky_relu,
     preactivation_action,
     sharpness,
+    teleport,
 )
 
 LEAKY = leaky_relu(0.1)
@@ -213,3 +220,209 @@ def test_sharpness_objective_rejects_bad_input():
             Sharpness(x, labels, spoilt, radii, dims, LEAKY)
     with pytest.raises(ValueError, match="radii"):
         Sharpness(x, labels, directions, radii * float("inf"), dims, LEAKY)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The published teleports
+
+
+def test_published_sharpness_teleport_is_the_published_recipe():
+    """Redone step by step as published: two layers, directions new in every step, stale hidden layers, the sum / 10."""
+    (W1, W2, W3), x, labels, _, radii = batch(n=30)
+    draws = [uniform(9, W1.numel() + W2.numel() + W3.numel(), seed=20 + i) for i in range(3)]
+    objectives = iter([Sharpness(x, labels, d, radii, (7, 6, 5, 4), LEAKY) for d in draws])
+    loss_fn = loss_on(x, labels)
+    result = published.teleport_sharpness(
+        (W1, W2, W3), x, loss_fn, lambda: next(objectives), activation=LEAKY, lr=0.3, steps=3, maximize=False
+    )
+
+    def act(W, h, T):
+        W = list(W)
+        for m in (0, 1):
+            V = W[m] + T[m] @ W[m]
+            W[m + 1] = W[m + 1] @ LEAKY.f(W[m] @ h[m]) @ torch.linalg.pinv(LEAKY.f(V @ h[m]))
+            W[m] = V
+        return W
+
+    W, h = [W1, W2, W3], hidden_layers((W1, W2, W3), x, LEAKY)
+    for d in draws:
+        T = [torch.zeros(6, 6).double().requires_grad_(), torch.zeros(5, 5).double().requires_grad_()]
+        phi = sharpness(act(W, h, T), loss_fn, d, radii) * 9 / 10
+        T = [-0.3 * G for G in torch.autograd.grad(phi, T)]
+        W = act(W, h, T)
+        h = [x, h[1] + T[0] @ h[1], h[2] + T[1] @ h[2]]
+    for mine, theirs in zip(result.weights, W):
+        assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+    phi = Sharpness(x, labels, draws[0], radii, (7, 6, 5, 4), LEAKY)
+    assert_close(result.objective_before, phi((W1, W2, W3)))
+    assert_close(result.objective_after, phi(W))
+
+
+def test_published_sharpness_teleport_stops_above_the_cap_in_both_directions():
+    weights, x, labels, directions, radii = batch(n=30)
+    phi = Sharpness(x, labels, directions, radii, (7, 6, 5, 4), LEAKY)
+    value, options = phi(weights).item(), dict(activation=LEAKY, lr=0.1, steps=2)
+    for maximize in (True, False):
+        for cap, moves in ((0.89 * value, False), (0.91 * value, True)):  # it sees 0.9 φ
+            result = published.teleport_sharpness(
+                weights, x, loss_on(x, labels), lambda: phi, maximize=maximize, cap=cap, **options
+            )
+            assert (result.objective_after != result.objective_before) == moves
+
+
+def test_published_curvature_teleport_goes_along_the_curve(golden):
+    c = golden("curvature")
+    weights, M = (c["W0"], c["W1"], c["W2"]), c["curve_M"]
+    h = hidden_layers(weights, c["X"], LEAKY)[1]
+    up = published.teleport_curvature(weights, c["X"], M, activation=LEAKY, lr=0.1)
+    t = 0.1 * c["curve_dkappa"]
+    assert_close(up[1], torch.linalg.matrix_exp(t * M) @ c["W1"])
+    assert_close(up[2], preactivation_action(c["W2"], c["W1"], h, torch.linalg.matrix_exp(t * M), LEAKY)[0])
+    down = published.teleport_curvature(weights, c["X"], M, activation=LEAKY, lr=0.1, maximize=False)
+    assert_close(down[1], torch.linalg.matrix_exp(-t * M) @ c["W1"])
+    lost = published.teleport_curvature(weights, c["X"], M, activation=LEAKY, lr=-1e5)
+    assert lost[1].isnan().all() and lost[2].isnan().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script's moves, on a network trained as Figure 4's
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Weights (784-16-10-10), data and ten draws: batch, φ with new directions, M."""
+    data = load("mnist-mini")
+    net = StackedMLP(initial_weights((784, 16, 10, 10), [54321]), lr=1e-2)
+    for _ in range(8):
+        net.train_epoch(data.x, data.y, 20)
+    weights = tuple(W[0] for W in net.weights)
+    settings = replace(figure4.PRESETS["quick"], directions=5)
+    draws = []
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        x, labels = figure4.random_batch(data.x, data.y, 500, generator)
+        draws.append(figure4.Mover(x, labels, weights, generator, settings))
+    return weights, draws
+
+
+@pytest.mark.parametrize("maximize", (True, False), ids=("up", "down"))
+@pytest.mark.parametrize("backtracking", (False, True))
+def test_sharpness_goes_where_it_is_sent(trained, maximize, backtracking):
+    """At the published step size 9 of 10 times, with backtracking always, and then the loss stays within 1e-3."""
+    weights, draws = trained
+    moved = 0
+    for d in draws:
+        result = teleport(
+            weights, d.x, d.loss_fn, objective=d.phi, action=preactivation_action, activation=figure4.ACTIVATION,
+            lr=5e-2, steps=3 if backtracking else 10, maximize=maximize, backtracking=backtracking,
+        )  # fmt: skip
+        moved += bool((result.objective_after > result.objective_before) == maximize)
+        if backtracking:
+            assert result.drift.abs() <= 1.001e-3 * result.loss_before
+    assert moved >= (10 if backtracking else 9)
+
+
+@pytest.mark.parametrize("maximize", (True, False), ids=("up", "down"))
+def test_curvature_goes_where_it_is_sent(trained, maximize):
+    weights, draws = trained
+    for d in draws:
+        lr = 2e-1 if maximize else -5e-2
+        moved, t = figure4.curvature_teleport(weights, d.x, d.loss_fn, d.M, lr, tolerance=0.01)
+        before, after = (figure4.kappa_along(d.M, W, d.x) for W in (weights, moved))
+        assert t != 0 and (after > before) == maximize
+        assert abs(d.loss_fn(moved) / d.loss_fn(weights) - 1) <= 0.01
+        assert torch.equal(moved[0], weights[0])
+
+
+def test_every_arm_moves_and_rescaling_keeps_the_outputs(trained):
+    weights, draws = trained
+    d = mover = draws[0]
+    before = forward(weights, d.x, LEAKY)
+    for arm in figure4.ARMS:
+        moved, objective = mover(arm, weights)
+        assert figure4.distance(moved, weights) > 0 and objective.shape == (2,) and objective.isfinite().all()
+        if arm.kind == "rescaling":
+            assert_close(forward(moved, d.x, LEAKY), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", (0.0, 0.3, 3.0))
+def test_the_random_control_moves_as_far_as_asked(trained, length):
+    weights, draws = trained
+    moved = [figure4.random_move(weights, d.x, torch.tensor(length), torch.Generator().manual_seed(0)) for d in draws]
+    gone = torch.stack([figure4.distance(m, weights) for m in moved])
+    assert_close(gone, torch.full((10,), length), rtol=0.02, atol=0)
+
+
+def test_a_diverged_member_is_reported_as_such(trained):
+    weights, draws = trained
+    meter = figure4.Meter(draws[0].x, torch.arange(500) % 10, weights, torch.Generator(), figure4.PRESETS["tiny"])
+    stack = tuple(torch.stack([W, W * torch.nan]) for W in weights)
+    values = meter(stack)
+    assert values[0].isfinite().all() and values[1].isnan().all()
+    assert_close(values[0, 2], meter.loss_fn(weights))
+    assert_close(values[0, 0], meter.phi(weights))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def run_tiny(output, *options):
+    script = (figure4.__file__, figure4.__doc__, figure4.PRESETS, figure4.experiment, lambda *_: None, figure4.report)
+    cli.main(*script, argv=["--preset", "tiny", "--output", str(output), "--quiet", *options])
+
+
+def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, monkeypatch):
+    teleporter, seeds = figure4.teleporter, []
+
+    def counting(run, net, data, seed):
+        seeds.append(seed)
+        if len(seeds) == 2:  # Ctrl-C in the second run's teleports
+            raise KeyboardInterrupt
+        return teleporter(run, net, data, seed)
+
+    monkeypatch.setattr(figure4, "teleporter", counting)
+    with pytest.raises(SystemExit) as stop:
+        run_tiny(tmp_path / "a")
+    assert stop.value.code == 130 and not list((tmp_path / "a" / "results" / "tiny").glob("*.npz"))
+    run_tiny(tmp_path / "a")
+    assert seeds == [54321, 108642, 108642]
+    run_tiny(tmp_path / "b")
+    resumed, straight = (read_results(tmp_path / k / "results" / "tiny") for k in "ab")
+    for name, arrays in straight[1].items():
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(array, resumed[1][name][key], err_msg=key)
+        assert resumed[0][name]["metrics"] == straight[0][name]["metrics"]
+
+
+def test_a_teleport_batch_larger_than_the_dataset_is_one_clear_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(figure4.PRESETS, "tiny", replace(figure4.PRESETS["tiny"], teleport_batch=401))
+    with pytest.raises(SystemExit) as stop:
+        run_tiny(tmp_path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "401" in error and "400 training" in error
+
+
+def test_wrong_options_are_one_line(tmp_path):
+    for options in (("--dataset", "letters"), ("--seeds", "0"), ("--preset", "huge")):
+        status, _, error = run_inside("teleport_sharpness_curvature.py", *options, output=tmp_path)
+        assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_table_says_what_the_arrays_say(tiny):
+    run = tiny("teleport_sharpness_curvature.py")[0]
+    (name,) = run.arrays
+    arrays, metrics = run.arrays[name], run.records[name]["metrics"]
+    assert arrays["test_loss"].shape == (17, 2, 4) and arrays["loss"].shape == (17, 2, 2, 2, 2)
+    assert np.array_equal(arrays["loss"][0, :, :, 0], arrays["loss"][0, :, :, 1])  # no teleport: before is after
+    shared = arrays["test_loss"][:, :, :2]
+    assert np.array_equal(shared, np.broadcast_to(shared[:1], shared.shape))  # the first epochs are shared
+    for a, arm in enumerate(figure4.ARMS, start=1):
+        m, k = metrics[arm.key], figure4.teleports(arm, figure4.PRESETS["tiny"])
+        before, after = arrays["objective"][a, :, :k, 0], arrays["objective"][a, :, :k, 1]
+        assert m["teleports"] == 2 * k and m["moved_as_asked"] == ((after > before) == arm.maximize).sum()
+        drift = abs(arrays["loss"][a, :, :k, 1] / arrays["loss"][a, :, :k, 0] - 1).max((0, 1))
+        if arm.kind == "rescaling":
+            assert drift.max() < 1e-6
+        if arm.kind == "teleport":
+            np.testing.assert_allclose(m["largest_drift"], drift, atol=1e-6)
