@@ -2,7 +2,8 @@
 
 Source: Zhao, Ganev, Walters, Yu, Dehmamy, *Symmetries, Flat Minima, and the Conserved Quantities of Gradient Flow*
 (ICLR 2023, arXiv 2210.17216), nonlinear symmetries. For one nonzero hidden vector z, a matrix R_z with R_z e_1 = z and
-R_z R_zᵀ = ‖z‖² I turns the linear map U into U R_z R_{gz}^{-1}, which does to gz what U did to z.
+R_z R_zᵀ = ‖z‖² I turns the linear map U into U R_z R_{gz}^{-1}, which does to gz what U did to z. For a batch of them,
+`data_dependent_action`.
 
 All functions work on the last axis (or axes) of tensors with any leading batch shape *E and raise ValueError for
 non-finite input.
@@ -10,6 +11,8 @@ non-finite input.
 
 import torch
 from torch import Tensor
+
+from teleport import Activation, _times_pinv, preactivation_action
 
 
 def to_spherical(z: Tensor) -> Tensor:
@@ -48,14 +51,35 @@ def r_matrix(z: Tensor) -> Tensor:
     empty = tails == 0
     safe = torch.where(empty, torch.ones_like(tails), tails)
     identity = torch.eye(n, dtype=z.dtype, device=z.device)
-    # D[i, j] = z_i / t_j for i >= j: the unit vector along the tail that starts at j.
+    # D[i, j] = z_i / t_j for i ≥ j: the unit vector along the tail that starts at j (e_j if that is zero).
     D = torch.where(empty[..., None, :], identity, z[..., :, None] / safe[..., None, :]).tril()
-    # The last tail is a signed number, its own direction is +1.
-    D = torch.where(torch.arange(n, device=z.device) == n - 1, identity, D)
     cos = torch.where(empty, torch.ones_like(z), z / safe)[..., :-1]
     sin = torch.where(empty, torch.zeros_like(z), tails.roll(-1, -1) / safe)[..., :-1]
     columns = D[..., 1:] * cos[..., None, :] - identity[:, :-1] * sin[..., None, :]
     return torch.cat([z[..., None], r[..., None] * columns], dim=-1)
+
+
+def data_dependent_action(g: Tensor, H: Tensor, activation: Activation, minimal_change: bool = False) -> Tensor:
+    """π(g, H) = σ(H) σ(gH)^+ (*E, h, h): with g acting on the input H of σ, U → Uπ(g, H) undoes it.
+
+    g (*E, h, h); H (*E, h, n), columns are samples. Uπ(g, H) σ(gH) = Uσ(H) exactly on this batch if σ(gH) has full
+    column rank (so n ≤ h), up to rounding times the condition number of σ(gH); on other samples only approximately.
+
+    What a batch of n < h samples does not determine, π(g, H) discards: it is not the identity at g = I. With
+    minimal_change it is kept: I + (σ(H) − σ(gH)) σ(gH)^+, what `teleport.preactivation_action` does to U, as exact on
+    the batch and the same matrix at full row rank. Raises ValueError for shapes that do not fit and values that are not
+    finite; with minimal_change also for a singular g.
+    """
+    h, n = H.shape[-2:]
+    if minimal_change:
+        eye = {"dtype": H.dtype, "device": H.device}
+        return preactivation_action(torch.eye(h, **eye), H, torch.eye(n, **eye), g, activation)[0]
+    if g.shape[-2:] != (h, h):
+        raise ValueError(f"g {tuple(g.shape)}: expected {h}×{h} matrices for H {tuple(H.shape)}")
+    for name, tensor in {"g": g, "H": H}.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name}: not finite")
+    return _times_pinv(activation.f(H), activation.f(g @ H))  # A^+ itself would lose digits on the batch
 
 
 def _tails(z: Tensor) -> Tensor:
