@@ -1,0 +1,251 @@
+"""Paper C, Figure 10: ensembles of one convnet along the data-dependent action, and their controls.
+
+One network is trained; π(g, H) = σ(H) σ(gH)^+ turns it into as many others as there are elements g = exp(εT), and they
+vote. The figure shows the accuracy of the vote minus that of the network, over the number of elements and ε, beside
+controls in which something else undoes g (see symmetry_ensemble.ARMS).
+
+The second figure says where the moved network is the same network: on the batch that defined π exactly, for batches no
+larger than the width h = 16 (asserted); on new samples it is a different network, and the measured change of its logits
+is large precisely at the published batch size of h, where π interpolates.
+
+Batches for π come from the last fifth of the training set, on which no network is trained; new samples are test images.
+Differences from the published notebook: one network for each seed (not for each cell), so that cells are paired;
+cross-entropy of the logits (not of a softmax of them); double precision (single gives NaN at ε = 20); new samples from
+the test set (not 1000 held-out training images).
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nonlinear_action import data_dependent_action
+from symmetry_ensemble import (
+    ARMS,
+    CHUNK,
+    HIDDEN,
+    SQUARED_LEAKY_RELU,
+    batches,
+    draw,
+    ensemble,
+    hidden_input,
+    logits,
+    losses,
+    original,
+    relative_change,
+    split,
+    train,
+    vote,
+)
+
+from common import cli, plots
+
+
+@dataclass(frozen=True)
+class Settings:
+    dataset: str = "mnist-mini"
+    images: int | None = None  # of the training set; all if None
+    epochs: int = 5
+    samples: int = 2000  # new samples: test images
+    elements: tuple = (10, 20, 40, 60, 80, 100)
+    epsilons: tuple = (20.0, 10.0, 1.0, 0.1, 0.01, 0.001, 0.0001)
+    sizes: tuple = (1, 2, 4, 8, 12, 16, 20, 32, 64)  # of the batch that defines π, in the second figure
+    size_epsilon: float = 0.1
+    size_elements: int = 20
+    seeds: int = 3
+
+
+PRESETS = {
+    "tiny": Settings(images=1000, epochs=1, samples=200, elements=(4, 8), epsilons=(10.0, 0.1), sizes=(8, 16), seeds=2),
+    "quick": Settings(),
+    "paper": Settings(dataset="CIFAR10", epochs=10, samples=10000, elements=(10, 20, 40, 60, 80, 100, 120), seeds=5),
+}
+SIGMA = SQUARED_LEAKY_RELU
+FORMS = ("paper", "minimal change")  # of π; they differ for fewer samples than units
+
+
+def experiment(run):
+    s = run.settings
+    seeds = list(range(s.seeds))
+    parts = run.parts(lambda key: measure(run, int(key.removeprefix("seed"))), [f"seed{seed}" for seed in seeds])
+    arrays = {name: np.stack([part[name] for part in parts.values()]) for name in parts["seed0"]}
+    difference = 100 * (arrays["accuracy"][..., -1] - arrays["original"][:, None, None])
+    metrics = {
+        "original: accuracy": mean_std(arrays["original"]),
+        f"accuracy of {s.elements[-1]} votes minus original, per cent": over_arms_and_epsilons(difference, s),
+        "accuracy of one member": over_arms_and_epsilons(arrays["single"], s),
+        "relative change of the logits on the batch that defined π (group, largest)": {
+            f"{epsilon:g}": arrays["change_on_batch"][:, ARMS.index("group"), i].max()
+            for i, epsilon in enumerate(s.epsilons)
+        },
+        "relative change of the logits on new samples (median)": {
+            arm: {f"{e:g}": float(np.median(arrays["change_on_new"][:, a, i])) for i, e in enumerate(s.epsilons)}
+            for a, arm in enumerate(ARMS)
+        },
+        f"relative change on new samples at ε = {s.size_epsilon:g}, by size of the batch (median)": {
+            form: {str(n): float(np.median(arrays["size_change_on_new"][:, f, i])) for i, n in enumerate(s.sizes)}
+            for f, form in enumerate(FORMS)
+        },
+    }
+    timings = {"seconds of each seed": [run.seconds(key) for key in parts]}
+    return cli.Outcome(metrics, arrays, seeds, timings)
+
+
+def measure(run, seed):
+    """Train one network and measure all of its ensembles."""
+    s, data = run.settings, run.data()
+    (x, y), (held_out, _) = split(data, s.images)
+    net = train(x, y, data.shape, SIGMA, epochs=s.epochs, seed=seed, progress=partial(run.progress, desc="epochs"))
+    x, y = data.x_test[: s.samples], data.y_test[: s.samples]
+    H, H_held_out = (hidden_input(net, images, data.shape).double() for images in (x, held_out))
+    at_rest = logits(net, original(net), H, SIGMA)
+
+    n = s.elements[-1]
+    draws, H_pi = draw(n, seed, run.device), batches(H_held_out, n, HIDDEN)
+    on_batch_at_rest = logits(net, original(net), H_pi, SIGMA)
+    grid = (len(ARMS), len(s.epsilons))
+    result = {
+        "original": (at_rest[0].argmax(0) == y).double().mean(),
+        "original_loss": losses(at_rest, y, [1]).mean(),
+        "accuracy": torch.empty(*grid, len(s.elements)),
+        "loss": torch.empty(*grid, len(s.elements), dtype=torch.float64),
+        "single": torch.empty(grid),
+        "change_on_batch": torch.empty(*grid, n, dtype=torch.float64),
+        "change_on_new": torch.empty(*grid, n, dtype=torch.float64),
+    }
+    for cell in run.progress(list(np.ndindex(grid)), desc="ensembles"):
+        arm, epsilon = ARMS[cell[0]], s.epsilons[cell[1]]
+        members = ensemble(arm, draws, epsilon, H_pi, SIGMA)
+        result["change_on_batch"][cell] = relative_change(logits(net, members, H_pi, SIGMA), on_batch_at_rest)
+        for name, value in evaluate(net, members, H, y, at_rest, s.elements).items():
+            result[name][cell] = value
+    moderate = [i for i, epsilon in enumerate(s.epsilons) if epsilon <= 1]
+    exact = result["change_on_batch"][ARMS.index("group"), moderate].max()
+    assert exact <= 1e-9, f"the group action moved the logits of its own batch by {exact:.1e} (relative)"
+
+    result |= by_size(net, H, H_held_out, at_rest, draws.T, s)
+    return result
+
+
+def evaluate(net, members, H, y, at_rest, counts):
+    """Accuracy of the vote and loss for each number of elements; mean accuracy of a member; change of the logits."""
+    right, loss, single, change = 0, 0, 0, 0
+    for H_, y_, rest in zip(H.split(CHUNK, 1), y.split(CHUNK), at_rest.split(CHUNK, -1)):
+        outputs = logits(net, members, H_, SIGMA)
+        right += (vote(outputs, counts) == y_).sum(1)
+        loss += losses(outputs, y_, counts).sum(1)
+        single += (outputs.max(1).indices == y_).double().mean(0).sum()
+        change += (outputs - rest).square().sum((1, 2))
+    change = change.sqrt() / at_rest.norm()
+    return {"accuracy": right / len(y), "loss": loss / len(y), "single": single / len(y), "change_on_new": change}
+
+
+def by_size(net, H, H_held_out, at_rest, T, s):
+    """π of the same elements from batches of several sizes, in both FORMS: change on that batch and on new samples."""
+    T = T[: s.size_elements]
+    g = torch.linalg.matrix_exp(s.size_epsilon * T)
+    on_batch, on_new = torch.empty(2, len(FORMS), len(s.sizes), len(T), dtype=torch.float64)
+    for (f, form), (i, size) in ((a, b) for a in enumerate(FORMS) for b in enumerate(s.sizes)):
+        H_pi = batches(H_held_out, len(T), size)
+        members = g, data_dependent_action(g, H_pi, SIGMA, minimal_change=form == "minimal change")
+        on_batch[f, i] = relative_change(logits(net, members, H_pi, SIGMA), logits(net, original(net), H_pi, SIGMA))
+        on_new[f, i] = relative_change(logits(net, members, H[:, :1000], SIGMA), at_rest[..., :1000])
+    return {"size_change_on_batch": on_batch, "size_change_on_new": on_new}
+
+
+def mean_std(values):
+    return {"mean": values.mean(), "std": values.std(ddof=1) if len(values) > 1 else 0.0}
+
+
+def over_arms_and_epsilons(values, s):
+    return {
+        arm: {f"{epsilon:g}": mean_std(values[:, a, i]) for i, epsilon in enumerate(s.epsilons)}
+        for a, arm in enumerate(ARMS)
+    }
+
+
+TITLES = dict(zip(ARMS, ("group", "interpolated permutation", "$g^{-1}$", "random", "shuffled π")))
+
+
+def plot(outcome, settings, save):
+    save(plot_differences(outcome, settings))
+    save(plot_change(outcome, settings), "change")
+
+
+def plot_differences(outcome, s):
+    """Figure 10: a table of numbers for each arm, coloured."""
+    difference = 100 * (outcome.arrays["accuracy"] - outcome.arrays["original"][:, None, None, None])
+    limit = np.abs(difference.mean(0)).max()
+    figure, axes = plots.panels(1, len(ARMS), width=3.0, height=3.4, sharey=True)
+    for ax, arm, values in zip(axes[0], ARMS, difference.mean(0)):
+        image = ax.imshow(values, cmap="coolwarm_r", vmin=-limit, vmax=limit, aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            color = "white" if abs(value) > 0.7 * limit else "black"
+            ax.text(j, i, f"{value:.1f}".replace("-0.0", "0.0"), ha="center", va="center", fontsize=7, color=color)
+        ax.set(title=TITLES[arm], xlabel="number of elements")
+        ax.set_xticks(range(len(s.elements)), s.elements)
+        ax.set_yticks(range(len(s.epsilons)), [f"{epsilon:g}" for epsilon in s.epsilons])
+        ax.grid(False)
+    axes[0, 0].set_ylabel("ε")
+    figure.colorbar(image, ax=axes[0], label="accuracy − original, per cent", pad=0.01)
+    figure.suptitle(f"{outcome.label}: accuracy of the vote minus that of the network, mean of {s.seeds} seeds")
+    return figure
+
+
+def plot_change(outcome, s):
+    a = outcome.arrays
+    figure, (axes,) = plots.panels(1, 3, width=4.0, height=3.4)
+    for i, arm in enumerate(ARMS):
+        plots.band(axes[0], s.epsilons, a["accuracy"][:, i, :, -1], TITLES[arm], i + 1, **plots.style(i + 1, True))
+    plots.band(axes[0], s.epsilons, np.tile(a["original"][:, None], len(s.epsilons)), "original", 0)
+    single = a["single"][:, ARMS.index("group")]
+    plots.band(axes[0], s.epsilons, single, "one member of group", 7, **plots.style(7, True))
+    axes[0].set(xscale="log", xlabel="ε", ylabel="accuracy", title=f"vote of {s.elements[-1]} elements")
+
+    group = ARMS.index("group")
+    own = a["change_on_batch"][:, group].max(-1).max(0)
+    axes[1].plot(s.epsilons, own, label="group, the batch that defined π (largest)", **plots.style(0, True))
+    for arm in ARMS[:3]:
+        i = ARMS.index(arm)
+        new = np.median(a["change_on_new"][:, i], -1)
+        plots.band(axes[1], s.epsilons, new, f"{TITLES[arm]}, new samples", **plots.style(i + 1, True))
+    axes[1].set(xscale="log", yscale="log", ylim=(1e-17, 1e12), xlabel="ε", ylabel="relative change of the logits")
+    axes[1].set_title(f"π from {HIDDEN} samples, width {HIDDEN}")
+
+    for f, form in enumerate(FORMS):
+        new, own = (np.median(a[f"size_change_on_{where}"][:, f], -1) for where in ("new", "batch"))
+        plots.band(axes[2], s.sizes, new, f"{form}, new samples", **plots.style(f + 1, True))
+        axes[2].plot(s.sizes, np.median(own, 0), label=f"{form}, own batch", **plots.style(f + 3, True))
+    axes[2].axvline(HIDDEN, color="grey", linewidth=0.8)
+    axes[2].set(xscale="log", yscale="log", xlabel="samples that define π", ylabel="relative change of the logits")
+    axes[2].set_title(f"ε = {s.size_epsilon:g}; grey: the width")
+    axes[2].set_xticks(s.sizes, s.sizes, fontsize=8)
+    axes[2].minorticks_off()
+    for ax in axes:
+        ax.legend(fontsize=7)
+    figure.suptitle(outcome.label)
+    return figure
+
+
+def report(outcome, s):
+    a, count = outcome.arrays, s.elements[-1]
+    rows = []
+    for i, epsilon in enumerate(s.epsilons):
+        difference = 100 * (a["accuracy"][:, :, i, -1] - a["original"][:, None]).mean(0)
+        group = ARMS.index("group")
+        own, new = a["change_on_batch"][:, group, i].max(), np.median(a["change_on_new"][:, group, i])
+        rows.append([f"{epsilon:g}", *(f"{d:+.1f}" for d in difference), f"{own:.0e}", f"{new:.0e}"])
+    return (
+        f"{outcome.label}: accuracy {100 * a['original'].mean():.1f} % (mean of {s.seeds} seeds); vote of {count} "
+        f"elements minus that, in per cent.\nThe group's relative change of the logits on the batch that defined π "
+        f"(largest) and on new samples (median):\n\n" + cli.table(["ε", *ARMS, "own batch", "new samples"], rows)
+    )
+
+
+if __name__ == "__main__":
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
