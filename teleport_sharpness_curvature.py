@@ -295,7 +295,7 @@ def act(weights, x, M):
 def kappa_along(M, weights, x):
     """κ of t ↦ exp(tM) at t = 0; M may be an ensemble (k, d_2, d_2). In float64; NaN for weights that diverged."""
     if not all(W.isfinite().all() for W in weights):
-        return torch.full(M.shape[:-2], torch.nan, dtype=torch.float64)
+        return torch.full(M.shape[:-2], torch.nan, dtype=torch.float64, device=x.device)
     U, V, h = (a.double() for a in (weights[2], weights[1], hidden_layers(weights, x, ACTIVATION)[1]))
     return curve_curvature(U, V, h, M.double(), ACTIVATION)[0]
 
