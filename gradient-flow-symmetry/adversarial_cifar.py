@@ -169,16 +169,16 @@ def measure(run, seed):
 
 
 TITLES = {
-    "base model": "base model attacked",
-    "itself": "itself attacked",
+    "base model": "attack on the base model",
+    "itself": "attack on each model",
     "either": "either attack succeeds",
-    "published": "base model, published recipe",
+    "published": "published attack on the base",
 }
 LABELS = dict(zip(MODELS, ("original", "group", "interpolated permutation", "$g^{-1}$", "random", "shuffled π")))
 
 
 def plot(outcome, settings, save):
-    figure, axes = plots.panels(len(ATTACKS), len(ATTACKED), width=3.2, height=2.8, sharey=True, sharex="row")
+    figure, axes = plots.panels(len(ATTACKS), len(ATTACKED), width=3.3, height=2.8, sharey=True, sharex="row")
     for attack, row in zip(ATTACKS, axes):
         x = strengths(attack, settings)
         for i, (attacked, ax) in enumerate(zip(ATTACKED, row)):
@@ -208,7 +208,7 @@ def report(outcome, s):
     rows.insert(0, ["none", "", *(f"{a:.1f}" for a in clean)])
     alone = 100 * outcome.arrays["FGSM_alone"].mean(0)
     rows.insert(1, ["none, clipped", "published", *(f"{a:.1f}" for a in alone)])
-    return f"{outcome.label}: accuracy in per cent, mean of {s.seeds} seeds\n\n" + cli.table(
+    return f"{outcome.label}: accuracy in per cent, mean over {s.seeds} seed(s)\n\n" + cli.table(
         ["attack", "attacked", *MODELS], rows
     )
 

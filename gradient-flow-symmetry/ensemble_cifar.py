@@ -193,7 +193,7 @@ def plot_differences(outcome, s):
         ax.grid(False)
     axes[0, 0].set_ylabel("ε")
     figure.colorbar(image, ax=axes[0], label="accuracy − original, per cent", pad=0.01)
-    figure.suptitle(f"{outcome.label}: accuracy of the vote minus that of the network, mean of {s.seeds} seeds")
+    figure.suptitle(f"{outcome.label}: accuracy of the vote minus that of the network, mean over {s.seeds} seed(s)")
     return figure
 
 
@@ -241,7 +241,7 @@ def report(outcome, s):
         own, new = a["change_on_batch"][:, group, i].max(), np.median(a["change_on_new"][:, group, i])
         rows.append([f"{epsilon:g}", *(f"{d:+.1f}" for d in difference), f"{own:.0e}", f"{new:.0e}"])
     return (
-        f"{outcome.label}: accuracy {100 * a['original'].mean():.1f} % (mean of {s.seeds} seeds); vote of {count} "
+        f"{outcome.label}: accuracy {100 * a['original'].mean():.1f} % (mean over {s.seeds} seed(s)); vote of {count} "
         f"elements minus that, in per cent.\nThe group's relative change of the logits on the batch that defined π "
         f"(largest) and on new samples (median):\n\n" + cli.table(["ε", *ARMS, "own batch", "new samples"], rows)
     )
