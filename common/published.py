@@ -106,3 +106,13 @@ def teleport_postactivation(weights, x, loss_fn, *, activation, lr, steps):
         stale = hidden_layers(weights, x, activation)
         weights = apply_stale(weights, stale, [lr * D for D in directions], postactivation_action, activation)
     return Teleportation(weights, start, loss_fn(weights), value_before, squared_gradient_norm(weights, loss_fn))
+
+
+def approximate_score(weights, loss_fn, m, elements):
+    """‖g^-T ∂L/∂W_m‖ for candidates g (count, *E, d_m, d_m): how a published variant of paper B ranks random elements.
+
+    ∂L/∂W_m behind the pre-activation action would be g^-T ∂L/∂W_m if σ were the identity; the other layers' gradients,
+    which the move changes too, do not enter. Returns (count, *E).
+    """
+    G = torch.func.grad(lambda W: loss_fn((*weights[:m], W, *weights[m + 1 :])).sum())(weights[m])
+    return torch.linalg.solve(elements.mT, G.expand(*elements.shape[:-2], *G.shape[-2:])).norm(dim=(-2, -1))

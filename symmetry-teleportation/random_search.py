@@ -1,0 +1,415 @@
+"""Teleportation by sampling: an unofficial variant of paper B (arXiv 2205.10637) on Fashion-MNIST, against ascent.
+
+A 784-64-64-10 network with biases trains with SGD. Once, at the start of epoch 5, it is teleported through the
+pre-activation action on the first mini-batch of 32: 1000 random group elements are drawn, the best one is kept. The
+variant draws diagonally dominant elements, each row's sum on its diagonal, divided by the Frobenius norm; that is close
+to g = I/8, which alone multiplies gradients by 8. So the arms are:
+
+  SGD          no teleport; "lr ×3" and "lr ×10": the learning rate is raised at epoch 5 instead
+  random       one element, on one random hidden layer
+  published    the best of 1000 by the variant's score ‖g^-T ∂L/∂W_m‖, which is exact for linear networks only
+  search       the best of 1000 by the true gradient norm after the move
+  search all   the same, with an element for every hidden layer
+  ascent       gradient ascent over the group, all layers, until it has the norm that search found
+  rescaling    one positive number for the whole layer, chosen to give the norm that search found; "rescaling all": the
+               same number for every hidden layer, to give the norm that search all found
+
+Biases are an extra column of the weights, in homogeneous coordinates: every layer's input ends with a constant 1, and
+each hidden layer's weights end with the row (0, …, 0, 1) that hands it on. diag(g, 1) leaves that row alone, whatever
+the action; it takes no part in training or in gradient norms.
+
+An element is exact on the batch it was computed for; the loss on the whole training set is reported beside it.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import cli, plots
+from common.cli import Outcome
+from common.mlp import StackedMLP, cross_entropy, initial_weights, published_seeds
+from common.published import approximate_score
+from common.statistics import difference, mean_std, verdict
+from teleport import (
+    apply_to_layers,
+    leaky_relu,
+    preactivation_action,
+    random_search,
+    rescaling_action,
+    squared_gradient_norm,
+    teleport,
+)
+
+RATES = {"SGD": 1, "SGD lr x3": 3, "SGD lr x10": 10}  # learning rates from the teleport epoch on
+MOVES = ("random", "published", "search", "search all", "ascent", "rescaling", "rescaling all")
+ARMS = (*RATES, *MOVES)
+PANELS = {
+    "teleports": ("SGD", "random", "published", "search", "search all", "ascent"),
+    "the same norm from one number": ("SGD", "search", "search all", "rescaling", "rescaling all"),
+    "a larger learning rate": (*RATES, "search", "search all"),
+}
+LOOK = dict(zip((*RATES, "random", "published", "search", "search all", "ascent"), range(8)))
+LOOK |= {"rescaling": 1, "rescaling all": 2}
+SLOPE = 0.01
+ACTIVATION = leaky_relu(SLOPE)
+COST = 3  # gradient evaluations of an ascent step: one for ∂L/∂W, about two for a Hessian-vector product
+
+
+@dataclass(frozen=True)
+class Settings:
+    dataset: str = "mnist-mini"
+    seeds: int = 5
+    epochs: int = 15
+    teleport_epoch: int = 5
+    lr: float = 1e-2  # mnist-mini is 7.5 times smaller than the published training set, and 10 times the rate makes up
+    batch: int = 32
+    widths: tuple = (64, 64)
+    candidates: int = 1000
+    norm: float = 1.0  # Frobenius norm of the elements
+    budgets: tuple = (1, 3, 10, 30, 100, 300)  # numbers of candidates that are compared with the ascent
+    ascent_rate: float = 1e-3
+    ascent_cap: float = 1e4  # the ascent that is compared with the budgets stops here
+    ascent_steps: int = 333  # at most: as many gradient evaluations as candidates
+    probe: int = 5000  # training samples whose gradient tells whether the gain holds beyond the batch
+
+
+PRESETS = {
+    "tiny": Settings(
+        seeds=2,
+        epochs=3,
+        teleport_epoch=1,
+        lr=1e-3,
+        widths=(32, 33),
+        candidates=20,
+        budgets=(1, 5),
+        ascent_steps=6,
+        probe=200,
+    ),
+    "quick": Settings(),
+    "paper": Settings(dataset="FashionMNIST", epochs=40, lr=1e-3),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Biases in homogeneous coordinates
+
+
+def homogeneous(weights):
+    """Append the row (0, …, 0, 1) to each hidden layer's weights (…, d_m, d_{m-1} + 1), the last column the biases."""
+    rows = (torch.eye(W.shape[-1]).to(W)[-1:].expand(*W.shape[:-2], 1, -1) for W in weights[:-1])
+    return (*(torch.cat([W, row], -2) for W, row in zip(weights, rows)), weights[-1])
+
+
+def parameters(weights):
+    """The opposite: what is trained."""
+    return (*(W[..., :-1, :] for W in weights[:-1]), weights[-1])
+
+
+def gradient_norm(weights, loss_fn):
+    """‖∂L/∂W‖² over the parameters: an objective of teleport and random_search."""
+    return squared_gradient_norm(parameters(weights), lambda W: loss_fn(homogeneous(W)))
+
+
+def affine_action(U, V, h, g, activation):
+    """The pre-activation action of diag(g, 1), g without its last row and column: the constant unit stays."""
+    g = torch.nn.functional.pad(g[..., :-1, :-1], (0, 1, 0, 1))
+    g = g + torch.diag_embed(torch.eye(g.shape[-1])[-1]).to(g)
+    return preactivation_action(U, V, h, g, activation)
+
+
+def diagonally_dominant(identity, count, scale, generator):
+    """The variant's elements: uniform in [0, 1], each row's sum on the diagonal, then of Frobenius norm `scale`."""
+    d = len(identity) - 1
+    g = torch.rand(count, d, d, generator=generator)
+    g = torch.diagonal_scatter(g, g.sum(-1), dim1=-2, dim2=-1)
+    return torch.nn.functional.pad(scale * g / g.norm(dim=(-2, -1), keepdim=True), (0, 1, 0, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def experiment(run):
+    s, data = run.settings, run.data()
+    seeds = published_seeds(s.seeds)
+    x, x_test = (torch.cat([t, t.new_ones(len(t), 1)], 1) for t in (data.x, data.x_test))
+
+    def start(_):
+        dims = (x.shape[1], *(d + 1 for d in s.widths), 10)
+        W = initial_weights(dims, seeds, run.device)
+        net = new_net(homogeneous((*(V[:, :-1] for V in W[:-1]), W[-1])), s.lr)
+        losses = [train_epoch(net, x, data.y, s.batch) for _ in range(s.teleport_epoch)]
+        return {"loss": torch.stack(losses, -1), **pack(net.weights)}
+
+    before = run.parts(start, ["start"])["start"]
+    weights = unpack(before, run.device)
+    moves = run.parts(lambda _: move_all(s, weights, seeds, x, data.y), ["teleports"])["teleports"]
+
+    def train(arm):
+        W = unpack(moves, run.device, f"{arm}/") if arm in MOVES else weights
+        net = new_net(W, s.lr * RATES.get(arm, 1))
+        curves = {"train_loss": [], "test_loss": [], "test_accuracy": []}
+        whole_loss, _ = net.evaluate(x, data.y)
+        probe = probe_gradient(net, x[: s.probe], data.y[: s.probe])
+        for _ in run.progress(range(s.epochs - s.teleport_epoch), desc=arm, unit="epoch"):
+            values = (train_epoch(net, x, data.y, s.batch), *net.evaluate(x_test, data.y_test))
+            for key, value in zip(curves, values):
+                curves[key].append(value)
+        return {"whole_loss": whole_loss, "probe": probe, **{k: torch.stack(v, -1) for k, v in curves.items()}}
+
+    parts = run.parts(train, ARMS)
+    arrays = {f"{arm}/{k}": v for arm, part in parts.items() for k, v in part.items()}
+    arrays |= {f"teleports/{k}": v for k, v in moves.items() if "W" not in k and "seconds" not in k}
+    arrays["start/train_loss"] = before["loss"]
+    timings = {k: v for k, v in moves.items() if "seconds" in k}
+    return Outcome(compare(s, arrays), arrays, seeds, timings)
+
+
+def new_net(weights, lr):
+    return StackedMLP(tuple(W.float() for W in weights), "SGD", lr, SLOPE)
+
+
+def train_epoch(net, x, y, batch):
+    """One epoch in which the rows of constants stay what they are."""
+
+    def keep_constants(_):
+        for W in net.weights[:-1]:
+            W[:, -1] = 0
+            W[:, -1, -1] = 1
+
+    loss = net.train_epoch(x, y, batch, keep_constants)
+    keep_constants(None)
+    return loss
+
+
+def probe_gradient(net, x, y):
+    gradients, _ = net.gradients(x, y)
+    return sum(G.square().sum((-2, -1)) for G in parameters(gradients))
+
+
+def pack(weights, prefix=""):
+    return {f"{prefix}W_{m}": W for m, W in enumerate(weights, 1)}
+
+
+def unpack(arrays, device, prefix=""):
+    return tuple(torch.as_tensor(v, device=device) for k, v in arrays.items() if k.startswith(f"{prefix}W_"))
+
+
+def move_all(s, weights, seeds, x, y):
+    """Every arm's teleport, one run at a time, in float64: the weights, loss and ‖∂L/∂W‖² before and after, (S, 2)."""
+    X, labels = x[: s.batch].T.double(), y[: s.batch]
+    results = [move(s, tuple(W[i].double() for W in weights), X, labels, seed) for i, seed in enumerate(seeds)]
+    return {key: torch.stack([torch.as_tensor(r[key]) for r in results]) for key in results[0]}
+
+
+def move(s, W, X, labels, seed):
+    """One run's teleports, on the batch X (d_0, n), labels (n,): see the arms in the docstring above."""
+
+    def loss_fn(weights):
+        h = X
+        for V in weights[:-1]:
+            h = ACTIVATION.f(V @ h)
+        return cross_entropy(weights[-1] @ h, labels)
+
+    def clocked(key, function):
+        start = time.perf_counter()
+        result = function()
+        out[f"{key}_seconds"] = time.perf_counter() - start
+        return result
+
+    def search(candidates, layers):
+        generator = torch.Generator().manual_seed(seed)
+        return random_search(W, X, loss_fn, layers=layers, candidates=candidates, generator=generator, **options)
+
+    out = {}
+    m = int(torch.randint(len(s.widths), (), generator=torch.Generator().manual_seed(seed)))
+    options = dict(action=affine_action, activation=ACTIVATION, scale=s.norm, objective=gradient_norm)
+    options["draw"] = diagonally_dominant
+    start = gradient_norm(W, loss_fn)
+    moved = {"search": clocked("search", lambda: search(s.candidates, [m])).weights}
+    moved["search all"] = clocked("search all", lambda: search(s.candidates, None)).weights
+    found = gradient_norm(moved["search"], loss_fn)
+    out["search_curve"] = torch.stack([search(k, [m]).objective_after for k in s.budgets] + [found])
+
+    elements = diagonally_dominant(
+        torch.eye(s.widths[m] + 1), s.candidates, s.norm, torch.Generator().manual_seed(seed)
+    )
+    square = elements[:, :-1, :-1].double()
+    score = approximate_score(parameters(W), lambda P: loss_fn(homogeneous(P)), m, square)
+    for arm, k in (("random", 0), ("published", int(score.argmax()))):
+        one = [elements[k].double() if layer == m else None for layer in range(len(s.widths))]
+        moved[arm] = apply_to_layers(W, X, one, affine_action, ACTIVATION)
+
+    moved["ascent"], steps, curve = clocked("ascent", lambda: ascend(s, W, X, loss_fn, found))
+    out["ascent_steps"], out["ascent_curve"] = steps, curve
+    moved["rescaling"] = rescale(W, [m], found, loss_fn)
+    found_all = gradient_norm(moved["search all"], loss_fn)
+    moved["rescaling all"] = rescale(W, range(len(s.widths)), found_all, loss_fn)
+    for arm, weights in moved.items():
+        out |= pack(weights, f"{arm}/")
+        out[f"{arm}/loss"] = torch.stack([loss_fn(W), loss_fn(weights)])
+        out[f"{arm}/gradient"] = torch.stack([start, gradient_norm(weights, loss_fn)])
+    return {**out, "layer": m}
+
+
+def ascend(s, W, X, loss_fn, target):
+    """Step by step up to s.ascent_cap: the first weights whose norm is at least the target (else the last ones), after
+    how many steps that was, and the norms, NaN after the end."""
+    curve, reached = [gradient_norm(W, loss_fn)], None
+    options = dict(objective=gradient_norm, action=affine_action, activation=ACTIVATION, lr=s.ascent_rate)
+    while len(curve) <= s.ascent_steps and curve[-1] < s.ascent_cap:
+        moved = teleport(W, X, loss_fn, steps=1, **options)
+        W = moved.weights
+        curve.append(moved.objective_after)
+        if reached is None and curve[-1] >= target:
+            reached = W, len(curve) - 1
+    weights, steps = reached or (W, len(curve) - 1)
+    curve += [torch.full_like(curve[0], torch.nan)] * (s.ascent_steps + 1 - len(curve))
+    return weights, steps, torch.stack(curve)
+
+
+def rescale(W, layers, target, loss_fn):
+    """Positive rescaling of hidden layers, one number below 1 for all their units, whose ‖∂L/∂W‖² is the target."""
+
+    def rescaled(log_scale):
+        elements = [None] * (len(W) - 1)
+        for m in layers:
+            elements[m] = torch.full_like(W[m][:, 0], log_scale).exp()
+            elements[m][-1] = 1  # the constant unit
+        return apply_to_layers(W, None, elements, rescaling_action, ACTIVATION)
+
+    low, high = -10.0, 0.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gradient_norm(rescaled(middle), loss_fn) > target else (low, middle)
+    return rescaled(high)
+
+
+def compare(s, arrays):
+    def paired(arm, other, key="train_loss"):
+        return difference(arrays[f"{arm}/{key}"][:, -1], arrays[f"{other}/{key}"][:, -1])
+
+    metrics = {}
+    for arm in ARMS:
+        whole, probe = (arrays[f"{arm}/{k}"] / arrays[f"SGD/{k}"] for k in ("whole_loss", "probe"))
+        metrics[arm] = {
+            "final_train_loss": arrays[f"{arm}/train_loss"][:, -1],
+            "final_test_loss": arrays[f"{arm}/test_loss"][:, -1],
+            "final_test_accuracy": arrays[f"{arm}/test_accuracy"][:, -1],
+            "train_loss_minus_SGD": paired(arm, "SGD"),
+            "train_loss_minus_search": paired(arm, "search"),
+            "whole_loss_drift": whole - 1,
+            "whole_gradient_growth": probe,
+        }
+        if arm in MOVES:
+            loss, gradient = (arrays[f"teleports/{arm}/{k}"] for k in ("loss", "gradient"))
+            metrics[arm] |= {
+                "largest_relative_drift": np.abs(loss[:, 1] / loss[:, 0] - 1).max(),
+                "squared_gradient_norm": gradient,
+                "growth": gradient[:, 1] / gradient[:, 0],
+            }
+    steps = arrays["teleports/ascent_steps"]
+    metrics["gradient_evaluations"] = {"search": s.candidates, "ascent": COST * steps}
+    # Where the ascent is after as many gradient evaluations as the search made, or at its cap if that came before.
+    metrics["ascent_at_equal_cost"] = np.nanmax(arrays["teleports/ascent_curve"][:, : s.candidates // COST + 1], axis=1)
+    return metrics
+
+
+def plot(outcome, s, save):
+    save(plot_training(outcome, s))
+    save(plot_cost(outcome, s), "cost")
+
+
+def plot_training(outcome, s):
+    """Training loss of the teleports, and of the controls beside the two searches."""
+    figure, axes = plots.panels(1, 3, width=3.9, height=3.6, sharey=True)
+    before, epochs = outcome.arrays["start/train_loss"], np.arange(1, s.epochs + 1)
+    for ax, (title, arms) in zip(axes[0], PANELS.items()):
+        for k, arm in enumerate(arms):
+            curve = np.concatenate([before, outcome.arrays[f"{arm}/train_loss"]], 1)
+            look = dict(plots.style(LOOK[arm], marker=True), markevery=(k * s.epochs // 30, max(1, s.epochs // 5)))
+            plots.band(ax, epochs, curve, arm, **dict(look, linewidth=1.2))
+        ax.axvline(s.teleport_epoch, color="0.7", linewidth=0.8, zorder=0)
+        ax.set(xlabel="epoch", yscale="log", title=title)
+        ax.legend(fontsize=8)
+    axes[0, 0].set_ylabel(f"training loss, {outcome.label}")
+    return figure
+
+
+def plot_cost(outcome, s):
+    """The norm found against the number of gradient evaluations, and how much of it holds for other samples."""
+    figure, axes = plots.panels(1, 3, width=3.7, height=3.2)
+    ax, arrays, metrics = axes[0, 0], outcome.arrays, outcome.metrics
+    plots.band(
+        ax,
+        [*s.budgets, s.candidates],
+        arrays["teleports/search_curve"],
+        "search",
+        LOOK["search"],
+        marker="^",
+        markersize=4,
+    )
+    ascent = arrays["teleports/ascent_curve"]
+    for i, curve in enumerate(ascent):
+        ax.plot(
+            COST * np.arange(len(curve)), curve, label=None if i else "ascent (each run)", **plots.style(LOOK["ascent"])
+        )
+    ax.set(
+        xscale="log", yscale="log", xlabel="gradient evaluations", ylabel=r"$\|\partial L/\partial W\|^2$ on the batch"
+    )
+    ax.set(xlim=(1, None), ylim=(None, s.ascent_cap))
+    for ax, key, label in (
+        (axes[0, 1], "whole_gradient_growth", f"growth of ‖∂L/∂W‖²,\n{s.probe} training samples"),
+        (axes[0, 2], "whole_loss_drift", "relative change of the loss,\nwhole training set"),
+    ):
+        for row, arm in enumerate(MOVES):
+            values = np.array(metrics[arm][key])
+            look = plots.style(LOOK[arm], marker=True) | {"linestyle": "none"}
+            ax.plot(values, np.full(len(values), row), **look)
+        ax.set_yticks(range(len(MOVES)), MOVES)
+        ax.invert_yaxis()
+        ax.set_xlabel(label)
+    axes[0, 0].legend(fontsize=8)
+    axes[0, 1].set_xscale("log")
+    axes[0, 1].axvline(1, color="0.5", linewidth=0.8)
+    axes[0, 2].axvline(0, color="0.5", linewidth=0.8)
+    return figure
+
+
+def report(outcome, s):
+    rows = []
+    for arm in ARMS:
+        m = outcome.metrics[arm]
+        mean, low, high = (np.nan if v is None else v for v in m["train_loss_minus_SGD"])
+        against_sgd = [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", verdict((mean, low, high))]
+        teleported = ["", "", "", ""]
+        if arm in MOVES:
+            growth, whole, drift = (np.array(m[k]) for k in ("growth", "whole_gradient_growth", "whole_loss_drift"))
+            drift = f"{np.abs(drift).max():.1e}"
+            teleported = [f"×{growth.mean():.1f}", f"×{whole.mean():.1f}", f"{m['largest_relative_drift']:.0e}", drift]
+        against_sgd = against_sgd if arm != "SGD" else ["", ""]
+        accuracy = f"{100 * np.mean(m['final_test_accuracy']):.1f} %"
+        rows.append([arm, *teleported, mean_std(m["final_train_loss"]), *against_sgd, accuracy])
+    header = ["", "‖∂L/∂W‖², batch", "other samples", "drift, batch", "training set", "final training loss"]
+    header += ["minus SGD [95 %]", "", "test accuracy"]
+    m = outcome.metrics
+    cost = ", ".join(str(int(n)) for n in m["gradient_evaluations"]["ascent"])
+    seconds = {k: np.mean(outcome.timings[f"{k}_seconds"]) for k in ("search", "ascent")}
+    against = (m[arm]["train_loss_minus_search"] for arm in ("random", "ascent", "rescaling"))
+    against = ("{:+.3f} [{:+.3f}, {:+.3f}]".format(*(np.nan if v is None else v for v in d)) for d in against)
+    at_equal_cost = np.array(m["ascent_at_equal_cost"]) / np.array(m["ascent"]["squared_gradient_norm"])[:, 0]
+    return (
+        cli.table(header, rows)
+        + f"\n\nGradient evaluations to the norm that search finds with {s.candidates}: ascent {cost}"
+        + f"\nGrowth of ‖∂L/∂W‖² within as many: ascent ×{at_equal_cost.min():.0f} or more"
+        + f"\nSeconds a run: search {seconds['search']:.2f}, the whole ascent {seconds['ascent']:.2f}"
+        + "\nFinal training loss minus search's: random {}, ascent {}, rescaling {}".format(*against)
+    )
+
+
+if __name__ == "__main__":
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
