@@ -17,8 +17,8 @@ writers by M and the readers by M^-T, so that what passes between them stays the
 
 Both are exact for every input, in training and in evaluation mode. A BatchNorm between two layers is no obstacle: its
 scale and shift are the writer, its statistics stay. What comes before a normalization is left alone: in training mode
-the loss does not depend on its scale (up to ε), so moving it would only change its learning rate; in evaluation mode it
-could only be traded against the frozen statistics.
+the loss does not depend on its scale (up to ε), so that moving it would only change its learning rate; in evaluation
+mode it could be traded against the scale and statistics of the BatchNorm, but that breaks when training goes on.
 
     "preactivation", "postactivation"   g in GL(width) between two Linear (teleport.py). Data-dependent: exact on a
                   batch no larger than the layer, a least-squares fit otherwise. Only on request, and on their own.
@@ -560,6 +560,7 @@ class _Finder:
 
 
 def _flattens(op, node, module):
+    """Whether node flattens all but the batch dimension; x.view(.., features) is taken to do so."""
     arguments = (*node.args[1:], *node.kwargs.values())
     if module is not None:
         return op == "flatten" and (module.start_dim, module.end_dim) == (1, -1)
