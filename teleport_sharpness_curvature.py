@@ -403,7 +403,7 @@ def plot(outcome, s, save):
         plot_drift(row[4], outcome, s, objective)
         row[0].set(title=f"{objective} {symbol}, published", ylabel=f"loss, {outcome.label}")
         row[1].set(title=f"{objective} {symbol}, teleport")
-        row[2].set(title="final test loss − no teleport")
+        row[2].set(title="final test loss − no teleport, 95 %")
         row[3].set(title=f"{symbol} before → after all teleports")
         row[4].set(title="|Δloss| / loss of each teleport")
     save(figure)
