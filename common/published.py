@@ -81,30 +81,39 @@ def _ascend(weights, x, loss_fn, draw, activation, lr, steps, cap):
     return Teleportation(weights, start, loss_fn(weights), value_before, first(weights))
 
 
-def postactivation_action(U, V, h, T, activation: Activation):
+def postactivation_action(U, V, h, h_inverse, T, activation: Activation):
     """U' = U(I − T), V' = σ^-1((I + T)σ(Vh)) h^+: paper B, Eq. 9, as published: the product of the two is not I."""
     identity = torch.eye(T.shape[-1], dtype=T.dtype, device=T.device)
-    return U @ (identity - T), activation.inverse((identity + T) @ activation.f(V @ h)) @ torch.linalg.pinv(h)
+    return U @ (identity - T), activation.inverse((identity + T) @ activation.f(V @ h)) @ h_inverse
 
 
-def teleport_postactivation(weights, x, loss_fn, *, activation, lr, steps):
+def teleport_postactivation(weights, x, loss_fn, *, activation, lr, steps, x_inverse=None):
     """The published ascent on ‖∂L/∂W‖² through the post-activation action (paper B). Ensembles as in teleport.
 
-    x may differ by member: (*E, d_0, n). The drift in the result is large: U(I − T)(I + T)σ(Vh) = U(I − T²)σ(Vh).
+    x may differ by member: (*E, d_0, n); lr too, as (*E, 1, 1). x_inverse: the pseudoinverse of x, if it is at hand.
+    The drift in the result is large: U(I − T)(I + T)σ(Vh) = U(I − T²)σ(Vh).
     """
+    x_inverse = torch.linalg.pinv(x) if x_inverse is None else x_inverse
     weights = tuple(W.detach() for W in weights)
     start, value_before = loss_fn(weights), squared_gradient_norm(weights, loss_fn)
     for _ in range(steps):
         # The direction: moved[m + 1] stays a function of moved[m] through h, so that these are not partial derivatives.
         tangents = [W.new_zeros(*W.shape[:-1], W.shape[-2]).requires_grad_() for W in weights[:-1]]
-        moved, h = list(weights), x
+        moved, h, h_inverse = list(weights), x, x_inverse
         for m, T in enumerate(tangents):
-            moved[m + 1], moved[m] = postactivation_action(moved[m + 1], moved[m], h, T, activation)
+            moved[m + 1], moved[m] = postactivation_action(moved[m + 1], moved[m], h, h_inverse, T, activation)
             h = activation.f(moved[m] @ h)
+            h_inverse = torch.linalg.pinv(h)
         gradients = torch.autograd.grad(loss_fn(moved).sum(), moved, create_graph=True)
         directions = torch.autograd.grad(sum(G.square().sum() for G in gradients), tangents)
         stale = hidden_layers(weights, x, activation)
-        weights = apply_stale(weights, stale, [lr * D for D in directions], postactivation_action, activation)
+        weights = list(weights)
+        for m, (h, D) in enumerate(zip(stale, directions)):
+            h_inverse = torch.linalg.pinv(h) if m else x_inverse
+            weights[m + 1], weights[m] = postactivation_action(
+                weights[m + 1], weights[m], h, h_inverse, lr * D, activation
+            )
+        weights = tuple(weights)
     return Teleportation(weights, start, loss_fn(weights), value_before, squared_gradient_norm(weights, loss_fn))
 
 

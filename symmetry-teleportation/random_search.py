@@ -59,6 +59,7 @@ LOOK |= {"rescaling": 1, "rescaling all": 2}
 SLOPE = 0.01
 ACTIVATION = leaky_relu(SLOPE)
 COST = 3  # gradient evaluations of an ascent step: one for ∂L/∂W, about two for a Hessian-vector product
+BISECTIONS = 10  # of the last ascent step, one gradient evaluation each
 
 
 @dataclass(frozen=True)
@@ -244,8 +245,8 @@ def move(s, W, X, labels, seed):
         one = [elements[k].double() if layer == m else None for layer in range(len(s.widths))]
         moved[arm] = apply_to_layers(W, X, one, affine_action, ACTIVATION)
 
-    moved["ascent"], steps, curve = clocked("ascent", lambda: ascend(s, W, X, loss_fn, found))
-    out["ascent_steps"], out["ascent_curve"] = steps, curve
+    ascent = clocked("ascent", lambda: ascend(s, W, X, loss_fn, found))
+    moved["ascent"], out["ascent_evaluations"], out["ascent_curve"] = ascent
     moved["rescaling"] = rescale(W, [m], found, loss_fn)
     found_all = gradient_norm(moved["search all"], loss_fn)
     moved["rescaling all"] = rescale(W, range(len(s.widths)), found_all, loss_fn)
@@ -257,19 +258,31 @@ def move(s, W, X, labels, seed):
 
 
 def ascend(s, W, X, loss_fn, target):
-    """Step by step up to s.ascent_cap: the first weights whose norm is at least the target (else the last ones), after
-    how many steps that was, and the norms, NaN after the end."""
+    """Step by step up to s.ascent_cap. Returns the weights whose norm is the target, on the way there (else the last
+    ones); how many gradient evaluations that took; and the norms after each step, NaN after the end."""
+
+    def step(W, rate):
+        options = dict(objective=gradient_norm, action=affine_action, activation=ACTIVATION)
+        return teleport(W, X, loss_fn, lr=rate, steps=1, **options)
+
     curve, reached = [gradient_norm(W, loss_fn)], None
-    options = dict(objective=gradient_norm, action=affine_action, activation=ACTIVATION, lr=s.ascent_rate)
     while len(curve) <= s.ascent_steps and curve[-1] < s.ascent_cap:
-        moved = teleport(W, X, loss_fn, steps=1, **options)
+        moved = step(W, s.ascent_rate)
+        if reached is None and moved.objective_after >= target:
+            low, high, reached = 0.0, s.ascent_rate, moved.weights
+            for _ in range(BISECTIONS):  # the step that crosses the target may be a leap: shorten it
+                shorter = step(W, (low + high) / 2)
+                if shorter.objective_after >= target:
+                    high, reached = (low + high) / 2, shorter.weights
+                else:
+                    low = (low + high) / 2
+            evaluations = COST * len(curve) + BISECTIONS
         W = moved.weights
         curve.append(moved.objective_after)
-        if reached is None and curve[-1] >= target:
-            reached = W, len(curve) - 1
-    weights, steps = reached or (W, len(curve) - 1)
+    if reached is None:
+        reached, evaluations = W, COST * (len(curve) - 1)
     curve += [torch.full_like(curve[0], torch.nan)] * (s.ascent_steps + 1 - len(curve))
-    return weights, steps, torch.stack(curve)
+    return reached, evaluations, torch.stack(curve)
 
 
 def rescale(W, layers, target, loss_fn):
@@ -312,8 +325,7 @@ def compare(s, arrays):
                 "squared_gradient_norm": gradient,
                 "growth": gradient[:, 1] / gradient[:, 0],
             }
-    steps = arrays["teleports/ascent_steps"]
-    metrics["gradient_evaluations"] = {"search": s.candidates, "ascent": COST * steps}
+    metrics["gradient_evaluations"] = {"search": s.candidates, "ascent": arrays["teleports/ascent_evaluations"]}
     # Where the ascent is after as many gradient evaluations as the search made, or at its cap if that came before.
     metrics["ascent_at_equal_cost"] = np.nanmax(arrays["teleports/ascent_curve"][:, : s.candidates // COST + 1], axis=1)
     return metrics
