@@ -113,6 +113,15 @@ class Run:
         self._seconds.update({key: float(results[key].pop("_seconds")) for key in keys})
         return {key: results[key] for key in keys}
 
+    def save_checkpoint(self, key, arrays):
+        """Keep what function(key) of `parts` has so far, should it be interrupted (not compressed: not for long)."""
+        _save_npz(self._parts / f"{key}.checkpoint.npz", arrays, np.savez)
+
+    def load_checkpoint(self, key):
+        """What save_checkpoint(key) kept last, or None."""
+        path = self._parts / f"{key}.checkpoint.npz"
+        return _load_npz(path) if path.exists() else None
+
     def seconds(self, key):
         return self._seconds[key]
 
@@ -143,15 +152,16 @@ class Run:
         shutil.rmtree(self._parts, ignore_errors=True)
 
 
-def main(script, description, presets, experiment, plot, report, options=None, name=None, argv=None):
+def main(script, description, presets, experiment, plot, report, options=None, argv=None, name=None, links=None):
     """Parse the command line, run or reuse the experiment, draw, print the table. Exits with 2 on a user's mistake.
 
     options: {Settings field: its choices}, the script's own command line options. name: of the results and figures
-    (default: the script's; two scripts that share a name in two folders need one).
+    (default: the script's; two scripts that share a name in two folders need one). links: a second folder, relative to
+    the repository, for symbolic links to the figures.
     """
     argv = sys.argv[1:] if argv is None else argv
     name = name or Path(script).stem
-    guard(lambda: _main(name, description, presets, experiment, plot, report, options or {}, argv))
+    guard(lambda: _main(name, description, presets, experiment, plot, report, options or {}, links, argv))
 
 
 def guard(function):
@@ -170,7 +180,7 @@ def guard(function):
         ranks.stop()
 
 
-def _main(name, description, presets, experiment, plot, report, own_options, argv):
+def _main(name, description, presets, experiment, plot, report, own_options, links, argv):
     start = time.perf_counter()
     options = _parser(description, presets, own_options).parse_args(argv)
     settings = presets[options.preset]
@@ -199,7 +209,10 @@ def _main(name, description, presets, experiment, plot, report, own_options, arg
         figures = output / "figures" / subfolder
 
         def save(figure, suffix="", name=run.name, figures=figures, files=files):
-            files += save_figure(figure, figures, name + (f"_{suffix}" if suffix else ""))
+            paths = save_figure(figure, figures, name + (f"_{suffix}" if suffix else ""))
+            files += paths
+            if links:
+                _link(paths, output / links / subfolder)
 
         plot(outcome, run.settings, save)
         if not options.quiet:
@@ -286,6 +299,15 @@ def save_figure(figure, folder, name):
         paths.append(path)
     plt.close(figure)
     return paths
+
+
+def _link(paths, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        temporary = folder / (path.name + ".tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(os.path.relpath(path.resolve(), folder.resolve()))
+        temporary.replace(folder / path.name)
 
 
 def device_name(device):
@@ -403,13 +425,13 @@ def _array(value):
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
-def _save_npz(path, arrays):
+def _save_npz(path, arrays, save=np.savez_compressed):
     if bad := [k for k, v in arrays.items() if np.asarray(v).dtype == object]:
         raise TypeError(f"arrays that would need pickle: {bad}")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
+        save(file, **arrays)
     temporary.replace(path)
 
 
