@@ -1,0 +1,377 @@
+"""Paper A (arXiv 2305.13404), Figure 6: learning to teleport, on the regression of a two-layer 20-20-20 network.
+
+Meta-optimizers (meta_optimizer.py, Algorithm 1) learn where to teleport, together with the learning rate (lr) or with
+the local update. Held-out problems: five published ones, and beyond the paper as many as --seeds, of which the five
+are the first; comparisons with gradient descent (GD) are ratios of losses, paired by problem. The arms, published:
+
+  GD                      learning rate 3e-4
+  LSTM(lr, teleport)      learned element of norm 0.01, learned learning rate, clamped to at most 5e-3
+  LSTM(update, teleport)  learned element, learned local update
+  LSTM(update)            learned local update alone
+
+Controls:
+
+  …, published inverse    I − T for (I + T)^-1, as in the published code; every other arm uses the exact inverse
+  …, full meta-gradient   differentiates through ∂L/∂W too, the only thing that a teleport changes
+  LSTM(…, random element) the learned element replaced by a random one of the same norm
+  LSTM(lr)                no element
+  GD, rates of the clamp  no meta-optimizer: 1e-4 at the first step, as LSTM(lr, …) has it, then the clamp's 5e-3
+  GD, best rate           the same with the best second rate on the meta-training problems
+
+Meta-optimizers of the lr kind are small: all arms and meta-seeds train as one stack. The figures show the meta-seed
+with the lowest loss in meta-training. Those of the update kind train one by one; two cores share them out with
+`torchrun --nproc-per-node 2 learn-to-teleport/multi_layer_regression.py`, with the same results.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from meta_optimizer import (
+    FIRST_RATE,
+    RATES,
+    Arm,
+    Diverged,
+    MetaOptimizer,
+    gradient_descent,
+    meta_test,
+    meta_train,
+    regression,
+)
+
+from common import UserError, cli, plots
+from common.cli import Outcome
+from common.statistics import difference, verdict
+
+# Trained together, part by part.
+PARTS = {
+    "lr": [
+        Arm("LSTM(lr, teleport)", "rate", "learned"),
+        Arm("LSTM(lr, teleport), published inverse", "rate", "learned", "first-order"),
+        Arm("LSTM(lr, teleport), full meta-gradient", "rate", "learned", meta_gradient="full"),
+        Arm("LSTM(lr, random element)", "rate", "random"),
+        Arm("LSTM(lr)", "rate", None),
+    ],
+    "update_teleport": [Arm("LSTM(update, teleport)", "update", "learned")],
+    "update_published": [Arm("LSTM(update, teleport), published inverse", "update", "learned", "first-order")],
+    "update_random": [Arm("LSTM(update, random element)", "update", "random")],
+    "update": [Arm("LSTM(update)", "update", None)],
+}
+CLAMP = "GD, rates of the clamp"
+GD_ARMS = ("GD", CLAMP, "GD, best rate")
+FIGURE = ("GD", "LSTM(lr, teleport)", "LSTM(update)", "LSTM(update, teleport)", CLAMP)
+PUBLISHED = 5  # held-out problems in the paper
+
+
+@dataclass(frozen=True)
+class Settings:
+    seeds: int = 100  # held-out problems
+    steps: int = 30  # on each
+    meta_seeds: int = 5  # initial weights of the small meta-optimizers
+    lr_runs: int = 30  # meta-training problems, and steps on each
+    lr_steps: int = 300
+    update_runs: int = 600
+    update_teleport_runs: int = 700
+    update_steps: int = 100
+    unroll: int = 10
+    width: int = 20
+    layers: int = 2
+    lr_hidden: int = 20
+    update_hidden: int = 300
+    norm: float = 0.01  # Frobenius norm of T
+    teleporter_rate: float = 1e-4  # Adam's
+    updater_rate: float = 1e-3
+    gd_rate: float = 3e-4
+    sweep: tuple = (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.5e-2, 2e-2)
+    save_every: int = 25  # meta-training runs between checkpoints
+
+
+PRESETS = {
+    "tiny": Settings(
+        seeds=8,
+        steps=5,
+        meta_seeds=2,
+        lr_runs=3,
+        lr_steps=12,
+        update_runs=4,
+        update_teleport_runs=4,
+        update_steps=12,
+        unroll=5,
+        width=8,
+        lr_hidden=4,
+        update_hidden=8,
+        sweep=(1e-3, 5e-3),
+        save_every=2,
+    ),
+    "quick": Settings(meta_seeds=3, update_runs=60, update_teleport_runs=60),
+    "paper": Settings(),
+}
+
+
+def experiment(run):
+    s = run.settings
+    seeds = [n * n * 12345 for n in range(s.seeds)]
+    parts = run.parts(lambda key: descend(run, seeds) if key == "gd" else learn(run, key, seeds), [*PARTS, "gd"])
+    arrays = {f"{key}/{name}": v for key, part in parts.items() for name, v in part.items() if "seconds" not in name}
+    timings = {
+        "training": {key: parts[key]["training_seconds"] for key in PARTS},
+        "after_each_step": {arm: parts[key]["seconds"][a] for key, a, arm in arms()},
+    }
+    return Outcome(compare(s, arrays), arrays, seeds, timings)
+
+
+def arms():
+    """(part, index in the part, name) of every arm."""
+    yield from (("gd", a, name) for a, name in enumerate(GD_ARMS))
+    yield from ((key, a, arm.name) for key, stack in PARTS.items() for a, arm in enumerate(stack))
+
+
+def problems(run, seeds):
+    return regression(run.settings.width, run.settings.layers, seeds, run.device)
+
+
+def learn(run, key, seeds):
+    """Train a stack of arms (A) and meta-seeds (M), then test it on all problems (S) and, by the clock, one by one."""
+    s, stack = run.settings, PARTS[key]
+    if key == "lr":
+        hidden, count, runs, steps = s.lr_hidden, s.meta_seeds, s.lr_runs, s.lr_steps
+    else:
+        runs = s.update_runs if key == "update" else s.update_teleport_runs
+        hidden, count, steps = s.update_hidden, 1, s.update_steps
+    meta = MetaOptimizer(stack, range(count), width=s.width, layers=s.layers, hidden=hidden, norm=s.norm)
+    meta = meta.to(run.device)
+    try:
+        curve, training_seconds = meta_train(
+            meta,
+            meta.adam(s.teleporter_rate, s.updater_rate),
+            lambda n: problems(run, [n * n * 12345 - 1]),
+            runs=runs,
+            steps=steps,
+            unroll=s.unroll,
+            progress=lambda done, runs: run.progress(range(done, runs), desc=key, total=runs, initial=done, unit="run"),
+            saved=run.load_checkpoint(key),
+            save=partial(run.save_checkpoint, key),
+            save_every=s.save_every,
+        )
+    except Diverged as error:
+        raise UserError(
+            f"{error}; the last good checkpoint is kept: lower teleporter_rate or updater_rate and use --fresh"
+        ) from None
+    generator = torch.Generator().manual_seed(0)
+    tested = {k: torch.as_tensor(v) for k, v in meta_test(meta, problems(run, seeds), s.steps, generator).items()}
+    tested = {k: v.unflatten(0, (len(stack), count)) for k, v in tested.items() if k != "seconds"}
+    results = {
+        "training_curve": curve.view(len(stack), count, runs),  # loss at the last meta-update of each run
+        "loss": tested["loss"],  # (A, M, S, steps + 1)
+        "squared_gradient_norm": tested["squared_gradient_norm"][:, :, :PUBLISHED],
+        "rate": tested["rate"].mean(2),  # (A, M, steps)
+        "drift": tested["drift"].abs().amax(2),
+        "training_seconds": training_seconds,
+    }
+    chosen, seconds = best_in_training(results["training_curve"]), []
+    for a in range(len(stack)):
+        alone = meta.member(a * count + chosen[a])
+        for seed in seeds[:1] + seeds[:PUBLISHED]:  # the first to warm up
+            seconds.append(meta_test(alone, problems(run, [seed]), s.steps, generator, measure_drift=False)["seconds"])
+    seconds = np.array(seconds).reshape(len(stack), -1, s.steps + 1)[:, 1:].mean(1)
+    return {**results, "chosen": chosen, "seconds": seconds}
+
+
+def best_in_training(curve):
+    """The meta-seed of each arm with the lowest loss (geometric mean) over the last ten runs of meta-training."""
+    return np.log(np.asarray(curve))[..., -10:].mean(-1).argmin(-1)
+
+
+def descend(run, seeds):
+    """The arms that learn nothing. Chooses the best second rate on the meta-training problems of the lr kind."""
+    s = run.settings
+    W, X, Y = problems(run, [n * n * 12345 - 1 for n in range(s.lr_runs)])
+    second = torch.tensor(s.sweep, device=run.device).view(-1, 1, 1, 1)
+    W = W.expand(len(second), *W.shape)
+    swept, _, _ = gradient_descent(W.unbind(2), X, Y, [FIRST_RATE] + [second] * (s.steps - 1))
+    swept = swept[..., -1].log().mean(1)
+    best = s.sweep[int(torch.where(swept.isfinite(), swept, torch.inf).argmin())]
+    rates = [[s.gd_rate] * s.steps, *([FIRST_RATE] + [rate] * (s.steps - 1) for rate in (RATES[1], best))]
+    W, X, Y = problems(run, seeds)
+    losses, norms, _ = zip(*(gradient_descent(W.unbind(1), X, Y, r) for r in rates))
+    seconds = [
+        [gradient_descent(W[n : n + 1].unbind(1), X[n], Y[n], r)[2] for n in [0, *range(min(PUBLISHED, s.seeds))]]
+        for r in rates
+    ]
+    return {
+        "loss": torch.stack(losses).unsqueeze(1),
+        "squared_gradient_norm": torch.stack(norms).unsqueeze(1)[:, :, :PUBLISHED],
+        "rate": np.array(rates)[:, None],
+        "sweep": swept,  # mean logarithm of the loss after the last step, by rate
+        "chosen": np.zeros(len(rates), int),
+        "seconds": np.array(seconds)[:, 1:].mean(1),
+    }
+
+
+def compare(s, arrays):
+    """Every arm against GD and its controls after the last step: ratios of losses with 95 % intervals."""
+    loss = {arm: arrays[f"{key}/loss"][a].astype(float) for key, a, arm in arms()}  # (M, S, steps + 1)
+    chosen = {arm: int(arrays[f"{key}/chosen"][a]) for key, a, arm in arms()}
+
+    def ratio(mine, other):
+        with np.errstate(all="ignore"):
+            return [float(v) for v in np.exp(difference(np.log(mine[:, -1]), np.log(other[:, -1])))]
+
+    metrics = {}
+    for key, a, arm in arms():
+        mine = loss[arm][chosen[arm]]
+        still = "LSTM(lr)" if key == "lr" else "LSTM(update)"  # the same without an element
+        against = [verdict(np.log(ratio(each, loss["GD"][0]))) for each in loss[arm]]
+        metrics[arm] = {
+            "mean_loss_published_problems": {str(t): mine[:PUBLISHED, t].mean() for t in milestones(s)},
+            "mean_loss": mine[:, -1].mean(),
+            "median_loss": float(np.median(mine[:, -1])),
+            "ratio_to_GD": ratio(mine, loss["GD"][0]),
+            "verdict": against[chosen[arm]],
+            "ratio_to_clamp": ratio(mine, loss[CLAMP][0]),
+            "meta_seeds": len(against),
+            "meta_seeds_better_than_GD": against.count("better"),
+            "chosen_meta_seed": chosen[arm],
+        }
+        if key != "gd":
+            metrics[arm]["ratio_to_no_element"] = ratio(mine, loss[still][chosen[still]])
+            metrics[arm]["largest_relative_drift"] = float(arrays[f"{key}/drift"][a].max())
+    metrics["GD, best rate"]["second_rate"] = float(arrays["gd/rate"][GD_ARMS.index("GD, best rate"), 0, -1])
+    return metrics
+
+
+def milestones(s):
+    """Steps at which the published numbers were recorded, and the last."""
+    return sorted({t for t in (0, 1, 2, 10, 29) if t < s.steps} | {s.steps})
+
+
+def plot(outcome, settings, save):
+    save(plot_figure6(outcome, settings))
+    save(plot_controls(outcome, settings), "controls")
+
+
+def curves(outcome, name, of="loss"):
+    """(S, points) of an arm's chosen meta-seed."""
+    key, a = next((key, a) for key, a, arm in arms() if arm == name)
+    return outcome.arrays[f"{key}/{of}"][a, outcome.arrays[f"{key}/chosen"][a]]
+
+
+def log_band(ax, x, y, label, i):
+    """Geometric mean over problems, with a band of ±1 standard deviation of the logarithm."""
+    y = np.log(y.astype(float))
+    mean, std = y.mean(0), y.std(0)
+    ax.plot(x, np.exp(mean), label=label, **plots.style(i))
+    ax.fill_between(x, np.exp(mean - std), np.exp(mean + std), color=plots.style(i)["color"], alpha=0.15, linewidth=0)
+
+
+def plot_figure6(outcome, s):
+    """Figure 6 on the published problems: loss against step and seconds, gradient norm against loss; step sizes."""
+    figure, ((by_step, by_seconds), (gradient, rate)) = plots.panels(2, 2, width=4.4, height=3.4)
+    steps = np.arange(s.steps + 1)
+    for i, name in enumerate(FIGURE):
+        loss = curves(outcome, name)[:PUBLISHED]
+        log_band(by_step, steps, loss, name, i)
+        log_band(by_seconds, outcome.timings["after_each_step"][name], loss, name, i)
+        norm = curves(outcome, name, "squared_gradient_norm")
+        gradient.plot(*(np.exp(np.log(v).mean(0)) for v in (loss, norm)), label=name, **plots.style(i))
+    for i, arm in enumerate(PARTS["lr"]):
+        rate.plot(steps[:-1], curves(outcome, arm.name, "rate"), label=arm.name, **plots.style(i))
+    by_step.set(xlabel="Step", ylabel="Loss", yscale="log")
+    by_seconds.set(xlabel="Seconds", ylabel="Loss", yscale="log")
+    gradient.set(xlabel="Loss", ylabel=r"$\|\partial L/\partial W\|^2$", xscale="log", yscale="log")
+    rate.set(xlabel="Step", ylabel="Learned learning rate", yscale="log")
+    by_step.legend(fontsize=7)
+    rate.legend(fontsize=7)
+    return figure
+
+
+def plot_controls(outcome, s):
+    """All held-out problems: both kinds of meta-optimizers with their controls, every meta-seed, and the drift."""
+    figure, ((rates, updates), (seeds, drift)) = plots.panels(2, 2, width=4.8, height=3.6)
+    steps = np.arange(s.steps + 1)
+    lr = [arm.name for arm in PARTS["lr"]]
+    update = [arm.name for key, stack in PARTS.items() if key != "lr" for arm in stack]
+    for ax, names in ((rates, ["GD", CLAMP, *lr]), (updates, ["GD", *update])):
+        for i, name in enumerate(names):
+            log_band(ax, steps, curves(outcome, name), name, i)
+        ax.set(xlabel="Step", ylabel=f"Loss ({s.seeds} problems)", yscale="log")
+        ax.legend(fontsize=6)
+    names = [name for _, _, name in arms()]
+    for key, a, name in arms():
+        final = np.log(outcome.arrays[f"{key}/loss"][a, :, :, -1].astype(float)).mean(-1)
+        row = [names.index(name)] * len(final)
+        seeds.plot(np.exp(final), row, "o", color="#999999", markersize=5)
+        c = outcome.arrays[f"{key}/chosen"][a]
+        seeds.plot(np.exp(final[c]), row[0], "D", color="#000000", markersize=5)
+        if key != "gd" and outcome.arrays[f"{key}/drift"][a].any():
+            i = [n for k, _, n in arms() if k != "gd"].index(name)
+            drift.plot(steps[:-1], outcome.arrays[f"{key}/drift"][a].max(0), label=name, **plots.style(i))
+    seeds.set_yticks(range(len(names)), names, fontsize=6)
+    seeds.invert_yaxis()
+    seeds.set(xlabel=f"Loss after {s.steps} steps, each meta-seed (black: shown)", xscale="log")
+    drift.axhline(1e-5, color="#999999", linewidth=0.8)
+    drift.set(xlabel="Step", ylabel="Largest relative change of the\nloss by a teleport", yscale="log")
+    drift.legend(fontsize=6)
+    return figure
+
+
+def report(outcome, s):
+    rows = []
+    for key, _, name in arms():
+        m = outcome.metrics[name]
+        drift = m.get("largest_relative_drift")
+        rows.append(
+            [
+                name,
+                number(m["mean_loss_published_problems"][str(s.steps)]),
+                number(m["mean_loss"]),
+                *(interval(m.get(k)) for k in ("ratio_to_GD", "ratio_to_clamp", "ratio_to_no_element")),
+                f"{m['meta_seeds_better_than_GD']}/{m['meta_seeds']}" if key != "gd" else "",
+                "" if drift is None or drift == 0 else f"{drift:.1e}",
+            ]
+        )
+    header = [
+        f"loss after {s.steps} steps",
+        f"{min(PUBLISHED, s.seeds)} problems",
+        f"{s.seeds} problems",
+        "/ GD [95 %]",
+        "/ GD at the clamp",
+        "/ no element",
+        "meta-seeds < GD",
+        "largest drift",
+    ]
+    training = ", ".join(f"{key} {seconds:.0f} s" for key, seconds in outcome.timings["training"].items())
+    best = outcome.metrics["GD, best rate"]["second_rate"]
+    return cli.table(header, rows) + f"\n\nGD, best rate: {best:g} after the first step. Meta-training: {training}"
+
+
+def number(value):
+    return "diverged" if value is None else f"{value:.4g}"
+
+
+def interval(ratio):
+    if ratio is None:
+        return ""
+    mean, low, high = ratio
+    if mean is None:
+        return "diverged"
+    return f"{mean:.3g}" if low is None else f"{mean:.3g} [{low:.3g}, {high:.3g}]"
+
+
+if __name__ == "__main__":
+    cli.main(
+        __file__,
+        __doc__,
+        PRESETS,
+        experiment,
+        plot,
+        report,
+        name="learn_to_teleport",
+        links="learn-to-teleport/figures",
+    )
