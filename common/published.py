@@ -124,4 +124,5 @@ def approximate_score(weights, loss_fn, m, elements):
     which the move changes too, do not enter. Returns (count, *E).
     """
     G = torch.func.grad(lambda W: loss_fn((*weights[:m], W, *weights[m + 1 :])).sum())(weights[m])
-    return torch.linalg.solve(elements.mT, G.expand(*elements.shape[:-2], *G.shape[-2:])).norm(dim=(-2, -1))
+    batch = torch.broadcast_shapes(elements.shape[:-2], G.shape[:-2])
+    return torch.linalg.solve(elements.mT, G.expand(*batch, *G.shape[-2:])).norm(dim=(-2, -1))

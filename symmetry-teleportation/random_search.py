@@ -128,7 +128,9 @@ def diagonally_dominant(identity, count, scale, generator):
     d = len(identity) - 1
     g = torch.rand(count, d, d, generator=generator)
     g = torch.diagonal_scatter(g, g.sum(-1), dim1=-2, dim2=-1)
-    return torch.nn.functional.pad(scale * g / g.norm(dim=(-2, -1), keepdim=True), (0, 1, 0, 1))
+    g = torch.nn.functional.pad(scale * g / g.norm(dim=(-2, -1), keepdim=True), (0, 1, 0, 1))
+    g[:, -1, -1] = 1  # the constant unit
+    return g
 
 
 # ---------------------------------------------------------------------------------------------------------------------
