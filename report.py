@@ -232,6 +232,84 @@ def arm_name(key):
     return f"{'φ' if objective == 'sharpness' else 'ψ'} {direction}, {kind}"
 
 
+def learning(results):
+    m = results[0].metrics
+    lines = []
+    for arm, v in m.items():
+        if arm == "GD":
+            continue
+        extra = (
+            f", drift of a teleport at most {v['largest_relative_drift']:.0e}"
+            if v.get("largest_relative_drift")
+            else ""
+        )
+        lines.append(
+            f"{arm}: final loss / GD's {factor(v['ratio_to_GD'])} ({v['verdict']}), / GD at the clamp's rate "
+            f"{factor(v['ratio_to_clamp'])}{extra}."
+        )
+    return lines
+
+
+def learning_finding(results):
+    m, s = results[0].metrics, results[0].settings
+    names = ("LSTM(lr, teleport)", "LSTM(lr)", "LSTM(update, teleport)", "LSTM(update)")
+    ratios = ", ".join(f"{arm} {factor(m[arm]['ratio_to_GD'])}" for arm in names)
+    return (
+        f"Learning to teleport: loss after {s.steps} steps over gradient descent's, on {s.seeds} held-out problems: {ratios}; "
+        f"gradient descent at the learned rate's upper limit, with nothing learned, "
+        f"{factor(m['GD, rates of the clamp']['ratio_to_GD'])}."
+    )
+
+
+def factor(triple):
+    """A ratio (mean, low, high) as text."""
+    if triple is None or triple[0] is None:
+        return "diverged"
+    middle, low, high = triple
+    return f"{middle:.3g}" + ("" if low is None else f" [{low:.3g}, {high:.3g}]")
+
+
+def classification(results):
+    lines = []
+    for r in results:
+        for network, m in r.metrics.items():
+            cells = ", ".join(
+                f"{arm} {interval(m[arm]['train_loss_minus_plain'])} ({verdict(m[arm]['train_loss_minus_plain'])})"
+                for arm in m
+                if arm != "plain"
+            )
+            drift = ", ".join(f"{a} {m[a]['largest_relative_drift']:.0e}" for a in ("published", "exact", "rescaling"))
+            lines.append(f"{r.label}, {network}, final training loss minus plain: {cells}. Drift: {drift}.")
+    return lines
+
+
+def sampling(results):
+    m = results[0].metrics
+    lines = [
+        f"{arm}: final training loss minus SGD's {interval(m[arm]['train_loss_minus_SGD'])} "
+        f"({verdict(m[arm]['train_loss_minus_SGD'])})."
+        for arm in m
+        if "train_loss_minus_SGD" in m.get(arm, {}) and arm != "SGD"
+    ]
+    lines.append(
+        f"Ascent reaches the gradient norm that {m['gradient_evaluations']['search']} candidates found after "
+        f"{', '.join(map(str, m['gradient_evaluations']['ascent']))} gradient evaluations."
+    )
+    return lines
+
+
+def sampling_finding(results):
+    m, r = results[0].metrics, results[0]
+    loss = {arm: mean(m[arm]["final_train_loss"]) for arm in ("SGD", "search", "rescaling", "SGD lr x10")}
+    cost = m["gradient_evaluations"]
+    return (
+        f"Sampling ({r.label}): the best of {cost['search']} random elements takes SGD's final training loss from "
+        f"{loss['SGD']:.3f} to {loss['search']:.3f}; one rescaling number that gives the same gradient norm, to "
+        f"{loss['rescaling']:.3f}, and a tenfold learning rate to {loss['SGD lr x10']:.3f}. Gradient ascent finds that norm "
+        f"in {min(cost['ascent'])} to {max(cost['ascent'])} gradient evaluations instead of {cost['search']}."
+    )
+
+
 def dynamics(results):
     m = results[0].metrics
     lines = [
@@ -295,6 +373,53 @@ def hessian(results):
     return lines
 
 
+def ensembles(results):
+    lines = []
+    for r in results:
+        gains = next(v for k, v in r.metrics.items() if k.startswith("accuracy of") and "minus original" in k)
+        on_batch = next(v for k, v in r.metrics.items() if k.startswith("relative change of the logits on the batch"))
+        base = r.metrics["original: accuracy"]
+        for arm, by_epsilon in gains.items():
+            cells = ", ".join(f"{v['mean']:+.1f} ± {v['std']:.1f} at ε = {e}" for e, v in by_epsilon.items())
+            lines.append(
+                f"{r.label}, {arm}, accuracy minus the original's {100 * base['mean']:.1f} %, points: {cells}."
+            )
+        exact = max(change for epsilon, change in on_batch.items() if float(epsilon) <= 1)
+        lines.append(f"{r.label}: on the batch that defined π the logits change by at most {exact:.0e} (ε ≤ 1).")
+    return lines
+
+
+def adversarial(results):
+    lines = []
+    for r in results:
+        for attack in ("FGSM", "PGD"):
+            for attacked in ("base model", "itself", "either"):
+                by_model = r.metrics[f"accuracy under {attack}, attacked: {attacked}"]
+                cells = []
+                for model in ("original", "group"):
+                    (clean, _), *_, (strength, last) = by_model[model].items()
+                    cells.append(f"{model} {100 * by_model[model][clean]['mean']:.1f} → {100 * last['mean']:.1f} %")
+                lines.append(f"{r.label}, {attack} up to {strength} on {attacked}: " + ", ".join(cells) + ".")
+    return lines
+
+
+def adversarial_finding(results):
+    def at(attacked, model):
+        *_, last = results[0].metrics[f"accuracy under FGSM, attacked: {attacked}"][model].values()
+        return 100 * last["mean"]
+
+    clean = {
+        m: 100 * next(iter(results[0].metrics["accuracy under FGSM, attacked: base model"][m].values()))["mean"]
+        for m in ("original", "group")
+    }
+    return (
+        f"Symmetry ensembles under FGSM ({results[0].label}): {at('itself', 'group'):.1f} % accuracy when attacked through "
+        f"their own gradients, {at('either', 'group'):.1f} % when the base model's attack counts as well, against "
+        f"{at('either', 'original'):.1f} % for the base model; without attack {clean['group']:.1f} against "
+        f"{clean['original']:.1f} %."
+    )
+
+
 def steps(count):
     return "not reached" if count is None else f"{count:,.0f}"
 
@@ -348,6 +473,15 @@ SECTIONS = (
         sharpness_curvature_finding,
     ),
     Section(
+        "Figure 6",
+        "learn-to-teleport/multi_layer_regression.py",
+        "Meta-optimizers that learn the teleport with the learning rate or the update beat gradient descent.",
+        "geometric mean over held-out problems of the final loss over gradient descent's, with its 95 % interval.",
+        learning,
+        learning_finding,
+        "learn_to_teleport",
+    ),
+    Section(
         "Figure 7",
         "displacement_integration.py",
         "When the loss landscape shifts, the expected distance to a more curved minimum is larger.",
@@ -375,6 +509,21 @@ SECTIONS = (
         "epochs saved until the loss that the plain optimizer reaches later; exact, published, and the published drift alone.",
         regression,
         regression_finding,
+    ),
+    Section(
+        "MNIST classification (NeurIPS 2022)",
+        "symmetry-teleportation/mnist_classification.py",
+        "Teleports in the first epochs accelerate SGD and AdaGrad.",
+        "final training loss minus the plain optimizer's; largest relative change of a teleport batch's loss.",
+        classification,
+    ),
+    Section(
+        "Sampling (Fashion-MNIST variant)",
+        "symmetry-teleportation/random_search.py",
+        "Keeping the best of 1000 random group elements accelerates SGD.",
+        "final training loss minus SGD's, and gradient evaluations to the same norm.",
+        sampling,
+        sampling_finding,
     ),
     Section(
         "Q dynamics (ICLR 2023, Figure 3)",
@@ -411,6 +560,21 @@ SECTIONS = (
         "Q goes with the sharpness of the minimum.",
         "largest Hessian eigenvalue at minima with different Q.",
         hessian,
+    ),
+    Section(
+        "Ensembles (ICLR 2023, Figure 10)",
+        "gradient-flow-symmetry/ensemble_cifar.py",
+        "Ensembles of a network moved along its symmetry improve accuracy at no training cost.",
+        "accuracy minus the original network's, mean ± std over seeds.",
+        ensembles,
+    ),
+    Section(
+        "Attacks (ICLR 2023, Figure 11)",
+        "gradient-flow-symmetry/adversarial_cifar.py",
+        "Such ensembles are more robust to adversarial attacks.",
+        "accuracy without attack → at the strongest one, by which model's gradients were attacked; either: both must fail.",
+        adversarial,
+        adversarial_finding,
     ),
 )
 
