@@ -122,8 +122,8 @@ def optimization_finding(results):
     late = [o for o in m if verdict(triple(o, "teleport", last, "at_best_rate")) == "better"]
     test = [o for o in m if verdict(triple(o, "teleport", last, "at_best_rate", "test_loss")) == "better"]
     return (
-        f"{ada} A gain of teleporting itself after epoch {early}: {listed(gains)} at the published learning rate, "
-        f"{listed(left)} at each arm's best; after epoch {last}: {listed(late)}, in test loss {listed(test)}."
+        f"{ada} Optimizers that teleporting itself helps after epoch {early}: {listed(gains)} at the published learning "
+        f"rate, {listed(left)} when each arm has its best; after epoch {last}: {listed(late)}; in test loss: {listed(test)}."
     )
 
 
@@ -192,7 +192,7 @@ def regression_finding(results):
     best = min(range(len(factors)), key=lambda i: m["plain"]["final_loss_by_factor"][i])
     drift = m["published"]["largest_relative_drift"]
     return (
-        f"Regression: the published teleport itself lowers the loss by up to {drift:.0%}. Of the {saved['published']:.0f} "
+        f"The published teleport itself lowers the loss by up to {drift:.0%}. Of the {saved['published']:.0f} "
         f"epochs in {m['level_epoch']} that it saves gradient descent, that drop alone saves {saved['drift only']:.0f}, and "
         f"an exact teleport {saved['exact']:.0f}; at the best learning rate (×{factors[best]}) the final loss is "
         f"{m['plain']['final_loss_by_factor'][best]:.2f} without and {m['exact']['final_loss_by_factor'][best]:.2f} with it."
@@ -255,7 +255,7 @@ def learning_finding(results):
     names = ("LSTM(lr, teleport)", "LSTM(lr)", "LSTM(update, teleport)", "LSTM(update)")
     ratios = ", ".join(f"{arm} {factor(m[arm]['ratio_to_GD'])}" for arm in names)
     return (
-        f"Learning to teleport: loss after {s.steps} steps over gradient descent's, on {s.seeds} held-out problems: {ratios}; "
+        f"Loss after {s.steps} steps over gradient descent's, on {s.seeds} held-out problems: {ratios}; "
         f"gradient descent at the learned rate's upper limit, with nothing learned, "
         f"{factor(m['GD, rates of the clamp']['ratio_to_GD'])}."
     )
@@ -303,7 +303,7 @@ def sampling_finding(results):
     loss = {arm: mean(m[arm]["final_train_loss"]) for arm in ("SGD", "search", "rescaling", "SGD lr x10")}
     cost = m["gradient_evaluations"]
     return (
-        f"Sampling ({r.label}): the best of {cost['search']} random elements takes SGD's final training loss from "
+        f"The best of {cost['search']} random elements takes SGD's final training loss from "
         f"{loss['SGD']:.3f} to {loss['search']:.3f}; one rescaling number that gives the same gradient norm, to "
         f"{loss['rescaling']:.3f}, and a tenfold learning rate to {loss['SGD lr x10']:.3f}. Gradient ascent finds that norm "
         f"in {min(cost['ascent'])} to {max(cost['ascent'])} gradient evaluations instead of {cost['search']}."
