@@ -299,7 +299,7 @@ def sampling(results):
 
 
 def sampling_finding(results):
-    m, r = results[0].metrics, results[0]
+    m = results[0].metrics
     loss = {arm: mean(m[arm]["final_train_loss"]) for arm in ("SGD", "search", "rescaling", "SGD lr x10")}
     cost = m["gradient_evaluations"]
     return (
