@@ -155,7 +155,7 @@ def squared_gradient_norm(weights, loss_fn: Callable) -> Tensor:
     one another (later layers of a transformed network depend on earlier ones through the hidden layers).
     """
     gradients = torch.func.grad(lambda w: loss_fn(w).sum())(tuple(weights))
-    return sum(g.square().sum((-2, -1)) for g in gradients)
+    return sum(torch.linalg.vector_norm(g, dim=(-2, -1)).square() for g in gradients)
 
 
 def sharpness(weights, loss_fn: Callable, directions: Tensor, radii: Tensor, chunk_size: int | None = None) -> Tensor:
