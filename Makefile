@@ -1,9 +1,11 @@
 # make figures   every figure at its default preset, on embedded data
 # make test      the test suite
-# make paper     the published sizes (needs the datasets; hours; can be stopped and continued)
+# make paper     the published sizes, with downloads, into reproduction/; says first how long; stop and continue it freely
 
 PYTHON ?= python3
-SCRIPTS = $(shell grep -l 'cli\.main(' *.py */*.py)
+SCRIPTS = $(shell grep -l '^    cli\.main' *.py *-*/*.py)
+OF_ALL_DATASETS = correlation.py teleport_sharpness_curvature.py
+PAPER = --preset paper --output reproduction
 
 .PHONY: figures test paper benchmark clean
 
@@ -13,6 +15,14 @@ figures: .venv/installed
 
 test: .venv/installed-dev
 	.venv/bin/python -m pytest
+
+paper: .venv/installed
+	@.venv/bin/python report.py --estimate
+	.venv/bin/python init_directory.py --download MNIST FashionMNIST CIFAR10
+	@set -e; for script in $(filter-out $(OF_ALL_DATASETS),$(SCRIPTS)); do \
+	  echo; echo "== $$script"; .venv/bin/python $$script $(PAPER); done
+	@set -e; for script in $(OF_ALL_DATASETS); do \
+	  echo; echo "== $$script"; .venv/bin/python $$script $(PAPER) --dataset all; done
 
 benchmark: .venv/installed
 	.venv/bin/python benchmarks/benchmark.py

@@ -2,6 +2,7 @@
 
     python report.py            # write both
     python report.py --check    # exit with 1 if they are not what results/ says
+    python report.py --estimate # how long the committed results took
 
 A section a figure: the paper's claim, what was run, the script's own closing table, and one verdict computed by the
 rule stated with it. Differences are paired by seed; "better" and "worse" mean that their 95 % t interval excludes zero.
@@ -686,7 +687,13 @@ def readme(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the files are out of date")
+    parser.add_argument("--estimate", action="store_true", help="print how long the committed results took, and stop")
     options = parser.parse_args()
+    if options.estimate:
+        records = [json.loads(path.read_text()) for path in (ROOT / "results").glob("*.json")]
+        seconds, machines = sum(r["elapsed_seconds"] for r in records), {r["device"] for r in records}
+        print(f"The {len(records)} committed results took {duration(seconds)} on {' / '.join(sorted(machines))}.")
+        return
     found = [(section, load(section)) for section in SECTIONS]
     stale = []
     for name, text in (("REPRODUCTION.md", reproduction(found)), ("README.md", readme(found))):
