@@ -1,11 +1,12 @@
 """REPRODUCTION.md and the README say what results/ says, and name nothing that does not exist."""
 
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
 
 def test_reproduction_and_readme_are_what_results_say():
@@ -42,3 +43,11 @@ def test_no_results_file_is_large_or_names_a_machine():
         assert not re.search(r'"/|/home/|/root|/tmp/|/work/', text), path
     committed = sum(p.stat().st_size for p in [*(ROOT / "results").glob("*"), *(ROOT / "figures").glob("*")])
     assert committed < 20e6
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", ["figures", "paper"])
+def test_make_runs_every_figure_script(target):
+    run = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert [script for script in SCRIPTS if script not in run.stdout] == []
