@@ -97,9 +97,9 @@ def gradient_descent(weights, X, Y, rates):
 def act(W, X, X_inverse, T, first_order):
     """g_m = I + T_m acts after σ on every hidden layer (paper A, Eq. 47). Returns the new W (E, S, L, d, d).
 
-    What teleport.apply_to_layers does with teleport.postactivation_action, for square layers and without its checks
-    and rank decisions, at a third of the time: X is inverted beforehand, and of every later hidden layer it is known
-    that the action makes it g_m h_m. first_order (E, bool): members that use I − T in place of (I + T)^-1.
+    What teleport.apply_to_layers does with teleport.postactivation_action, for square layers only, in half the time (X
+    is inverted beforehand, and every later hidden layer is known to become g_m h_m), and without its checks: a member
+    that diverges turns into NaN and the stack goes on. first_order (E, bool): members with I − T for (I + T)^-1.
     """
     eye = torch.eye(T.shape[-1], dtype=T.dtype, device=T.device)
     g = eye + T
