@@ -251,6 +251,16 @@ def test_elements_have_the_given_norm_and_rates_their_bounds(monkeypatch):
         torch.testing.assert_close(torch.linalg.matrix_norm(T), torch.full(T.shape[:-2], 0.01, dtype=T.dtype))
 
 
+def test_each_teleporter_reads_its_two_adjacent_layers(monkeypatch):
+    read, meta = [], stack([RATE[0]], layers=3)
+    forward_of_core = meta.teleporter.forward
+    monkeypatch.setattr(meta.teleporter, "forward", lambda x, state: read.append(x) or forward_of_core(x, state))
+    body, _ = total_loss(meta, small([1, 2], layers=3), 1)
+    G = body.gradients[0][0]  # (S, L, d, d)
+    for m in (0, 1):
+        torch.testing.assert_close(read[0][m], torch.cat((G[:, m].flatten(1), G[:, m + 1].flatten(1)), 1))
+
+
 def test_test_reports_what_happened():
     meta, problem = stack(RATE[:2] + RATE[4:], norm=0.01), small([1, 2, 3])
     result = meta_test(meta, problem, 4)
@@ -313,6 +323,23 @@ def test_divergence_is_caught_before_it_reaches_the_weights():
     assert len(saves) == 2 and all(p.isfinite().all() for p in meta.parameters())
     with pytest.raises(Diverged, match="times the first"):
         train(stack(UPDATE), rates=(1e3, 1e3))
+
+
+def test_weights_that_are_not_finite_are_never_saved():
+    meta, saves = stack(RATE), []
+    adam = meta.adam(1e-3, 1e-3)
+    step, count = adam.step, []
+
+    def poisoned():  # the last meta-update of the second run
+        step()
+        count.append(1)
+        if len(count) == 4:
+            meta.teleporter.b.data[0] = torch.nan
+
+    adam.step = poisoned
+    with pytest.raises(Diverged, match="after run 1"):
+        meta_train(meta, adam, lambda n: small([n]), runs=3, steps=9, unroll=4, save=saves.append, save_every=1)
+    assert len(saves) == 1
 
 
 def test_wrong_arms_and_unrolls_are_refused():
