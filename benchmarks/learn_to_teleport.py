@@ -7,12 +7,12 @@ weights as leaves of the autograd graph, which is how one would write it first: 
 step. The last lines compare the lean action with the library's, forward and backward. Measured on 2 shared cores:
 
   LSTM(update, teleport)  2.1 ms a step (0.5 update, 0.6 teleport, 0.7 meta-gradient, 0.3 Adam), in the graph 3.7
-  LSTM(update)            0.8 ms a step, in the graph 1.4; a second thread gains nothing, a second process doubles it
+  LSTM(update)            0.8 ms a step, in the graph 1.4; the same with one thread as with two
   25 of the lr kind       1.7 ms a step for all of them, 0.7 for one alone
   action                  0.3 ms lean, 0.5 by teleport.py (checks, and a factorization of X, at each step)
 
-More than half of the update kind is reading 9 MB of weights (18 MB with the teleporter) a step, and 4 to 5 MB (8 to 10)
-a step backward: matrix-vector products, for the recipe trains on one problem at a time.
+The update kind reads 9 MB of weights a step (18 MB with the teleporter) and 5 MB (10 MB) of them again backward, in
+matrix-vector products, since the recipe trains on one problem at a time: that is about half of its time.
 """
 
 import sys
