@@ -8,10 +8,85 @@ import sys
 import pytest
 from conftest import ROOT, SCRIPTS
 
+import report
+
 
 def test_reproduction_and_readme_are_what_results_say():
     check = subprocess.run([sys.executable, "report.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert check.returncode == 0, check.stderr
+
+
+def judged(script):
+    """The section of a script, its results, and its verdict in a word after they have been tampered with."""
+    section = next(s for s in report.SECTIONS if s.script == script)
+    results = report.load(section)
+    return results, lambda: section.judge(results).word
+
+
+def test_verdict_on_figures_5_and_13():
+    results, word = judged("teleport_optimization.py")
+    metrics, epoch = results[0].metrics, results[0].settings.milestones[-2]
+    for change, expected in (((-0.1, -0.2, -0.05), "holds"), ((0.1, -0.1, 0.3), "does not hold")):
+        for optimizer in metrics:
+            metrics[optimizer]["teleport"][f"train_loss_{epoch}"].update(at_published_rate=change, at_best_rate=change)
+        assert word() == expected
+    metrics["Adam"]["teleport"][f"train_loss_{epoch}"].update(at_published_rate=(-0.1, -0.2, -0.05))
+    assert word() == "does not hold"  # its gain would not survive the best learning rate
+    metrics["Adam"]["teleport"][f"train_loss_{epoch}"].update(at_best_rate=(-0.1, -0.2, -0.05))
+    assert word() == "holds in part"
+
+
+def test_verdict_on_table_1():
+    results, word = judged("correlation.py")
+    correlations = [r.metrics["correlations"] for r in results]
+    for c in correlations:
+        c["phi, test_loss"].update(r=0.7, p=1e-9)
+        c["psi, test_loss"].update(r=-0.3, p=1e-3)
+    assert word() == "holds"
+    correlations[0]["psi, test_loss"].update(r=0.3)
+    assert word() == "holds in part"
+    for c in correlations:
+        c["phi, test_loss"].update(p=0.06)
+        c["psi, test_loss"].update(p=0.06)
+    assert word() == "does not hold"
+
+
+def test_verdict_on_figure_4():
+    results, word = judged("teleport_sharpness_curvature.py")
+    for r in results:
+        r.metrics["sharpness_down_teleport"]["minus_no_teleport"] = (0.0, -0.1, 0.1)
+        r.metrics["curvature_up_teleport"]["minus_no_teleport"] = (-0.1, -0.2, -0.05)
+    assert word() == "holds"
+    results[0].metrics["sharpness_down_teleport"]["minus_no_teleport"] = (-0.1, -0.2, -0.05)
+    assert word() == "holds in part"
+    for r in results:
+        r.metrics["curvature_up_teleport"]["minus_no_teleport"] = (-0.1, -0.2, 0.01)
+    assert word() == "does not hold"
+
+
+def test_verdict_on_figure_6():
+    results, word = judged("learn-to-teleport/multi_layer_regression.py")
+    metrics = results[0].metrics
+    for arm in ("LSTM(lr, teleport)", "LSTM(update, teleport)"):
+        metrics[arm].update(verdict="better", ratio_to_no_element=(0.5, 0.4, 0.6))
+    assert word() == "holds"
+    metrics[arm].update(ratio_to_no_element=(0.99, 0.9, 1.01))
+    assert word() == "holds in part"
+    for arm in ("LSTM(lr, teleport)", "LSTM(update, teleport)"):
+        metrics[arm].update(verdict="worse")
+    assert word() == "does not hold"
+
+
+def test_verdict_on_sampling():
+    results, word = judged("symmetry-teleportation/random_search.py")
+    metrics = results[0].metrics
+    for arm in ("rescaling", "SGD lr x10"):
+        metrics[arm]["train_loss_minus_search"] = (0.1, 0.05, 0.2)
+    assert word() == "holds"
+    metrics["rescaling"]["train_loss_minus_search"] = (0.1, -0.05, 0.2)  # as good
+    assert word() == "holds in part"
+    metrics["search"]["train_loss_minus_SGD"] = (0.1, -0.05, 0.2)
+    assert word() == "does not hold"
 
 
 @pytest.mark.parametrize("document", ["README.md", "REPRODUCTION.md"])
