@@ -255,6 +255,7 @@ def _outcome(run, experiment, replot):
         "threads": torch.get_num_threads(),
         "ranks": ranks.WORLD,
         "elapsed_seconds": time.perf_counter() - start + run.resumed_seconds(),
+        "peak_memory_bytes": _peak_memory(),
         "git_commit": _git_commit(),
         "metrics": outcome.metrics,
         "timings": outcome.timings,
@@ -448,6 +449,15 @@ def _write_text(path, text):
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def _peak_memory():
+    """The most memory that this process has held, in bytes; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _git_commit():

@@ -16,7 +16,7 @@ def test_results_are_complete_and_anonymous(tiny, script):
     for record in run.records.values():
         keys = {"configuration", "dataset", "seeds", "versions", "device", "elapsed_seconds", "git_commit", "metrics"}
         assert keys <= set(record)
-        assert record["metrics"] and record["elapsed_seconds"] > 0
+        assert record["metrics"] and record["elapsed_seconds"] > 0 and 1e8 < record["peak_memory_bytes"] < 4e9
         if "dataset" in record["configuration"]["settings"]:
             assert record["dataset"]["label"] and all(len(h) == 64 for h in record["dataset"]["sha256"].values())
         assert str(run.folder) not in json.dumps(record) and "/root" not in json.dumps(record)
