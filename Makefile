@@ -1,6 +1,7 @@
 # make figures   every figure at its default preset, on embedded data
 # make test      the test suite
-# make paper     the published sizes, with downloads, into reproduction/; says first how long; stop and continue it freely
+# make paper     the published sizes, with downloads, and a report, into reproduction/; says first how long it takes; can
+#                be stopped and continued
 
 PYTHON ?= python3
 SCRIPTS = $(shell grep -l '^    cli\.main' *.py *-*/*.py)
@@ -23,6 +24,7 @@ paper: .venv/installed
 	  echo; echo "== $$script"; .venv/bin/python $$script $(PAPER); done
 	@set -e; for script in $(OF_ALL_DATASETS); do \
 	  echo; echo "== $$script"; .venv/bin/python $$script $(PAPER) --dataset all; done
+	.venv/bin/python report.py --root reproduction
 
 benchmark: .venv/installed
 	.venv/bin/python benchmarks/benchmark.py

@@ -3,6 +3,7 @@
     python report.py            # write both
     python report.py --check    # exit with 1 if they are not what results/ says
     python report.py --estimate # how long the committed results took
+    python report.py --root DIR # your own: DIR/REPRODUCTION.md from DIR/results/
 
 A section a figure: the paper's claim, one verdict computed by the rule stated with it, the numbers, the pictures, the
 script's own closing table, the settings. Differences are paired by seed; "better" and "worse" mean that their 95 % t interval excludes zero.
@@ -63,7 +64,7 @@ class Section(NamedTuple):
     name: str | None = None  # of the results, if not the script's
 
 
-def load(section):
+def load(section, root=ROOT):
     """The section's results, datasets in the order MNIST, Fashion-MNIST, CIFAR-10."""
     sys.path.insert(0, str((ROOT / section.script).parent))  # as Python does for the script it runs
     try:
@@ -73,7 +74,7 @@ def load(section):
     stem, kind = section.name or Path(section.script).stem, type(script["PRESETS"]["paper"])
     results = []
     for name in [stem, *(f"{stem}_{dataset}" for dataset in LABELS)]:
-        path = ROOT / "results" / f"{name}.json"
+        path = root / "results" / f"{name}.json"
         if not path.exists():
             continue
         record, outcome = cli.read(path)
@@ -701,7 +702,7 @@ def sentence_case(judgement):
     return text[0].upper() + text[1:]
 
 
-def reproduction(judged):
+def reproduction(judged, root=ROOT):
     lines = [
         "# Reproduction",
         "",
@@ -724,14 +725,18 @@ def reproduction(judged):
         lines += [f"**{sentence_case(judgement)}.** {judgement.sentence}", "", f"*Rule: holds if {section.rule}*", ""]
         lines += [*(f"- {line}" for line in judgement.details), *([""] if judgement.details else [])]
         for result in results:
-            lines += describe(result)
+            lines += describe(result, root)
     return "\n".join(lines).rstrip() + "\n"
 
 
 def total(judged):
+    """Computing time, machine and memory of all results."""
     records = [r.record for _, results, _ in judged for r in results]
     machines = " / ".join(sorted({record["device"] for record in records}))
-    return f"{duration(sum(record['elapsed_seconds'] for record in records))} of computing in total on {machines}"
+    memory = max(record.get("peak_memory_bytes") or 0 for record in records)
+    return f"{duration(sum(record['elapsed_seconds'] for record in records))} of computing on {machines}" + (
+        f", {memory / 2**30:.1f} GiB of memory at most" if memory else ""
+    )
 
 
 def title(section):
@@ -743,16 +748,16 @@ def anchor(section):
     return kept.replace(" ", "-")
 
 
-def describe(result):
+def describe(result, root):
     record = result.record
     settings = {k: v for k, v in record["configuration"]["settings"].items() if k != "dataset"}
-    pictures = [p.relative_to(ROOT) for p in sorted((ROOT / "figures").glob(f"{result.name}*.png")) if mine(p, result)]
+    pictures = [p for p in sorted((root / "figures").glob(f"{result.name}*.png")) if mine(p, result, root)]
     hashes = record["dataset"]["sha256"]
     where = f"{record['device']}, {record['threads']} threads, torch {record['versions']['torch']}"
     return [
         f"### {result.label}",
         "",
-        *(f"![{p.stem}]({p.as_posix()})" for p in pictures),
+        *(f"![{p.stem}](figures/{p.name})" for p in pictures),
         "",
         "```text",
         result.table.rstrip(),
@@ -771,9 +776,9 @@ def describe(result):
     ]
 
 
-def mine(picture, result):
+def mine(picture, result, root):
     """Is this picture result's own, and not that of a longer-named result (…_MNIST, …_radial)?"""
-    others = [p.stem for p in (ROOT / "results").glob("*.json") if len(p.stem) > len(result.name)]
+    others = [p.stem for p in (root / "results").glob("*.json") if len(p.stem) > len(result.name)]
     return not any(picture.stem == o or picture.stem.startswith(o + "_") for o in others)
 
 
@@ -808,17 +813,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the files are out of date")
     parser.add_argument("--estimate", action="store_true", help="print how long the committed results took, and stop")
+    parser.add_argument("--root", type=Path, default=ROOT, help="report on the results in this folder instead")
     options = parser.parse_args()
     if options.estimate:
         records = [json.loads(path.read_text()) for path in (ROOT / "results").glob("*.json")]
         seconds, machines = sum(r["elapsed_seconds"] for r in records), {r["device"] for r in records}
         print(f"The {len(records)} committed results took {duration(seconds)} on {' / '.join(sorted(machines))}.")
         return
-    found = [(section, load(section)) for section in SECTIONS]
+    found = [(section, load(section, options.root)) for section in SECTIONS]
+    if not any(results for _, results in found):
+        sys.exit(f"error: no results of the paper preset in {options.root / 'results'}")
     judged = [(section, results, section.judge(results) if results else None) for section, results in found]
+    documents = {"REPRODUCTION.md": reproduction(judged, options.root)}
+    if options.root == ROOT:
+        documents["README.md"] = readme(judged)
     stale = []
-    for name, text in (("REPRODUCTION.md", reproduction(judged)), ("README.md", readme(judged))):
-        path = ROOT / name
+    for name, text in documents.items():
+        path = options.root / name
         if not path.exists() or path.read_text() != text:
             stale.append(name)
             if not options.check:

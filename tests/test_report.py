@@ -89,6 +89,24 @@ def test_verdict_on_sampling():
     assert word() == "does not hold"
 
 
+def test_a_report_on_results_of_ones_own(tmp_path):
+    def run():
+        command = [sys.executable, "report.py", "--root", str(tmp_path)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    assert run().returncode == 1  # nothing there yet
+    for folder, names in (("results", ("booth.json", "booth.npz")), ("figures", ("booth_convergence.png",))):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            shutil.copy(ROOT / folder / name, tmp_path / folder)
+    before = (ROOT / "README.md").read_text()
+    assert run().returncode == 0
+    text = (tmp_path / "REPRODUCTION.md").read_text()
+    assert "## Booth" in text and "![booth_convergence](figures/booth_convergence.png)" in text
+    assert text.count("Not yet run") == len(report.SECTIONS) - 1
+    assert (ROOT / "README.md").read_text() == before
+
+
 @pytest.mark.parametrize("document", ["README.md", "REPRODUCTION.md"])
 def test_every_file_and_anchor_named_exists(document):
     text = (ROOT / document).read_text()
