@@ -87,10 +87,8 @@ class StackedMLP:
             tensors = [*self.weights, self._steps, *(buffer for state in self._state for buffer in state)]
             saved, inputs, side = [t.clone() for t in tensors], (x.clone(), y.clone()), torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(
-                side
-            ):  # libraries set themselves up outside the recording; what it trained is undone
-                for _ in range(3):
+            with torch.cuda.stream(side):
+                for _ in range(3):  # libraries set themselves up outside the recording; what this trains is undone
                     self.step(*inputs)
                 for t, before in zip(tensors, saved):
                     t.copy_(before)
