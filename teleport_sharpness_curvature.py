@@ -17,6 +17,9 @@ and the arms:
   rescaling   like `teleport`, on the orbit of positive rescaling, where the loss cannot move
   random      φ: a random element that moves the weights as far as `teleport`; ψ: the same |t|, a random sign
 
+A teleport whose step is so long that the group element is singular, or infinite, is not made and counts as not having
+moved φ or ψ.
+
 All arms of a run start from the same weights and see the same batches, directions and elements; arms and runs are
 members of one stacked network. Unlike the published runs, which share one initialization, every run has its own.
 """
@@ -190,7 +193,13 @@ def teleporter(run, net, data, seed):
         mover = Mover(*batch, net.weights, generator, s)
         for a, arm in enumerate(MEMBERS):
             if arm and k < teleports(arm, s) and all(W[a].isfinite().all() for W in net.weights):
-                moved, objective = mover(arm, tuple(W[a] for W in net.weights))
+                try:
+                    moved, objective = mover(arm, tuple(W[a] for W in net.weights))
+                except (
+                    ValueError,
+                    torch.linalg.LinAlgError,
+                ):  # a step so long that its element is singular or infinite
+                    continue
                 net.set(a, moved)
                 record["objective"][a, k] = objective
         after = torch.stack([meter(net.weights) for meter in meters], 1)

@@ -1,5 +1,6 @@
 """Figure 4's parts: the curvature of the pre-activation curve, the fast sharpness objective, and the script's moves."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -393,6 +394,21 @@ def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, monkeypatch):
         for key, array in arrays.items():
             np.testing.assert_array_equal(array, resumed[1][name][key], err_msg=key)
         assert resumed[0][name]["metrics"] == straight[0][name]["metrics"]
+
+
+def test_a_step_too_long_to_be_made_is_not_made(tmp_path, monkeypatch):
+    """At an absurd step size the group element is singular: the arm stays, the others go on, the table says 0 moved."""
+    monkeypatch.setitem(figure4.RATES, "MNIST", (1e-2, {"sharpness": (1e30, 1e30), "curvature": (2e-1, 5e-2)}))
+    run_tiny(tmp_path)
+    name = "teleport_sharpness_curvature_mnist-mini"
+    arrays = np.load(tmp_path / "results/tiny" / f"{name}.npz")
+    metrics = json.loads((tmp_path / "results/tiny" / f"{name}.json").read_text())["metrics"]
+    for a, arm in enumerate(figure4.ARMS, start=1):
+        if arm.objective == "sharpness" and arm.kind in ("teleport", "random"):
+            assert metrics[arm.key]["moved_as_asked"] == 0 and metrics[arm.key]["largest_drift"] == [0, 0]
+            assert np.array_equal(arrays["train_loss"][a], arrays["train_loss"][0])
+        if arm.objective == "curvature" and arm.kind == "teleport":
+            assert metrics[arm.key]["moved_as_asked"] == metrics[arm.key]["teleports"]
 
 
 def test_a_teleport_batch_larger_than_the_dataset_is_one_clear_error(tmp_path, monkeypatch, capsys):
