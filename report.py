@@ -33,11 +33,8 @@ class Result(NamedTuple):
     record: dict
     outcome: cli.Outcome
     settings: object
+    metrics: dict  # the outcome's, with NaN where the file says null
     table: str
-
-    @property
-    def metrics(self):
-        return self.outcome.metrics
 
     @property
     def label(self):
@@ -61,6 +58,7 @@ class Section(NamedTuple):
     rule: str  # when the claim holds
     judge: object  # function of the list of results -> Verdict
     believe: bool = False  # in "What to believe" and in the README's findings
+    source: str = "The paper"  # of the claim
     name: str | None = None  # of the results, if not the script's
 
 
@@ -80,8 +78,17 @@ def load(section, root=ROOT):
         record, outcome = cli.read(path)
         saved = record["configuration"]["settings"]
         settings = kind(**{f.name: _tuples(saved[f.name]) for f in fields(kind) if f.name in saved})
-        results.append(Result(name, record, outcome, settings, script["report"](outcome, settings)))
+        metrics = _with_nan(outcome.metrics)
+        results.append(Result(name, record, outcome, settings, metrics, script["report"](outcome, settings)))
     return results
+
+
+def _with_nan(value):
+    if isinstance(value, dict):
+        return {k: _with_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(v) for v in value]
+    return math.nan if value is None else value
 
 
 def _tuples(value):
@@ -111,12 +118,10 @@ def optimization(results):
     loss = {arm: mean(m["AdaGrad"][arm][f"train_loss_{early}"]["values"][0]) for arm in m["AdaGrad"]}
     restart, kept = (verdict(triple("AdaGrad", arm)) == "better" for arm in ("restart", "teleport"))
     sentence = (
-        f"After epoch {early} teleporting with the optimizer's state kept lowers the training loss of {listed(helped())} at "
-        f"the published learning rate and of {listed(helped(early, 'at_best_rate'))} when each arm has its best, after epoch "
-        f"{last} of {listed(helped(last, 'at_best_rate'))}, and the test loss of "
-        f"{listed(helped(last, 'at_best_rate', 'test_loss'))}. AdaGrad's gain is {'' if restart and not kept else 'not '}"
-        f"the restart of its state: {loss['baseline']:.4f} alone, {loss['restart']:.4f} restarted without teleporting, "
-        f"{loss['teleport']:.4f} teleported with its state kept."
+        f"With the optimizer's state kept, teleporting lowers the training loss after epoch {early} for {listed(both)} (also "
+        f"at each arm's best learning rate), after epoch {last} for {listed(helped(last, 'at_best_rate'))}. AdaGrad"
+        f"{chr(39) + 's gain is the restart of its state' if restart and not kept else ''}: {loss['baseline']:.4f} alone, "
+        f"{loss['restart']:.4f} restarted without teleporting, {loss['teleport']:.4f} teleported with its state kept."
     )
 
     def compare(*where):
@@ -132,6 +137,12 @@ def optimization(results):
             f"{compare(o, 'teleport', last, 'at_best_rate')}, test loss "
             f"{compare(o, 'teleport', last, 'at_best_rate', 'test_loss')}."
         )
+    arms, arrays = list(m["AdaGrad"]), results[0].outcome.arrays
+    for a, arm in enumerate(arms):
+        if arm in ("published", "teleport", "rescaling"):
+            norms = {o: arrays[f"{o}/teleport_gradient_norm"][a] for o in m}  # (…, [before, after])
+            grown = ", ".join(f"{o} {np.nanmedian(n[..., 1] / n[..., 0] - 1):+.1%}" for o, n in norms.items())
+            details.append(f"What a teleport does to ‖∂L/∂W‖, {arm}, median: {grown}.")
     drift = {a: max(m[o][a]["largest_relative_drift"] for o in m) for a in ("published", "teleport", "rescaling")}
     details.append(
         "Largest relative drift of one teleport: " + ", ".join(f"{a} {d:.1e}" for a, d in drift.items()) + "."
@@ -145,9 +156,7 @@ def correlation(results):
         return r.metrics["correlations"][f"{name}, test_loss"]
 
     def where(name):
-        return ", ".join(
-            f"{c(r, name)['r']:.2f} [{c(r, name)['low']:.2f}, {c(r, name)['high']:.2f}] on {r.label}" for r in results
-        )
+        return ", ".join(f"{c(r, name)['r']:.2f} on {r.label}" for r in results)
 
     signs = {"phi": 1, "psi": -1}
     right = {n: [r.label for r in results if c(r, n)["p"] < 0.05 and c(r, n)["r"] * signs[n] > 0] for n in signs}
@@ -160,10 +169,7 @@ def correlation(results):
         )
         details.append(f"{r.label}: " + "; ".join(parts) + ".")
     full = all(len(labels) == len(results) for labels in right.values())
-    sentence = (
-        f"r(φ, test loss) = {where('phi')}: positive beyond chance on {listed(right['phi'])}. "
-        f"r(ψ, test loss) = {where('psi')}: negative beyond chance on {listed(right['psi'])}."
-    )
+    sentence = f"r(φ, test loss) = {where('phi')}; r(ψ, test loss) = {where('psi')}."
     missing = {n: [r.label for r in results if r.label not in right[n]] for n in signs}
     limits = "; ".join(
         f"not {'φ' if n == 'phi' else 'ψ'} on {listed(labels)}" for n, labels in missing.items() if labels
@@ -172,35 +178,44 @@ def correlation(results):
 
 
 def sharpness_curvature(results):
-    def changes(key):
-        return [(r.label, r.metrics[key]["minus_no_teleport"]) for r in results]
+    def arms(key):
+        return [(r.label, r.metrics[key]) for r in results]
 
     def text(key):
-        return ", ".join(f"{interval(triple)} on {label}" for label, triple in changes(key))
+        return ", ".join(f"{interval(m['minus_no_teleport'])} on {label}" for label, m in arms(key))
 
-    improves = [label for label, triple in changes("curvature_up_teleport") if verdict(triple) == "better"]
-    negligible = [verdict(triple) == "no difference" for _, triple in changes("sharpness_down_teleport")]
-    others, differ, details = 0, [], []
+    def labels(key, word):
+        return [label for label, m in arms(key) if (verdict(m["minus_no_teleport"]) == word)]
+
+    up, down, n = "curvature_up_teleport", "sharpness_down_teleport", len(results)
+    improves, negligible = labels(up, "better"), labels(down, "no difference")
+    words, details = {}, []
     for r in results:
         for key, m in r.metrics.items():
             if key == "no_teleport":
                 continue
-            change = "diverged" if m["total_change"] is None else f"{m['total_change']:+.1%}"
-            word = verdict(m["minus_no_teleport"])
+            word = "diverged" if math.isnan(m["minus_no_teleport"][0]) else verdict(m["minus_no_teleport"])
+            change = "diverged" if math.isnan(m["total_change"]) else f"{m['total_change']:+.1%}"
             details.append(
                 f"{r.label}, {arm_name(key)}: {m['moved_as_asked']} of {m['teleports']} teleports went as asked, "
                 f"{change} in all; test loss minus no teleport {interval(m['minus_no_teleport'])} ({word})."
             )
-            if key not in ("curvature_up_teleport", "sharpness_down_teleport"):
-                others += 1
-                differ += [f"{arm_name(key)} ({r.label}, {word})"] if word in ("better", "worse") else []
-    sentence = (
-        f"Final test loss minus that without teleporting: {text('curvature_up_teleport')} after teleporting to larger "
-        f"curvature, {text('sharpness_down_teleport')} to flatter points. Of the {others} other arms, controls "
-        f"included, {len(differ)} differ{'s' if len(differ) == 1 else ''} from no teleport{': ' + listed(differ) if differ else ''}."
+            if key not in (up, down):
+                words.setdefault(word, []).append(f"{r.label} {arm_name(key)}")
+    others = "; ".join(f"{len(arms)} {word}" for word, arms in words.items())
+    details.append(f"The other arms, controls included: {others}.")
+    limits = [
+        f"larger curvature does not lower it on {listed([r.label for r in results if r.label not in improves])}",
+        f"flatter points change it on {listed([r.label for r in results if r.label not in negligible])}",
+    ]
+    limits = [text for text, missing in zip(limits, (n - len(improves), n - len(negligible))) if missing]
+    return Verdict(
+        grade(len(improves) == len(negligible) == n, improves),
+        "; ".join(limits),
+        f"Final test loss minus that without teleporting: after teleporting to larger curvature {text(up)}; to flatter "
+        f"points {text(down)}.",
+        details,
     )
-    limits = f"larger curvature improves {'the results on ' + listed(improves) if improves else 'none'}"
-    return Verdict(grade(len(improves) == len(results) and all(negligible), improves), limits, sentence, details)
 
 
 def arm_name(key):
@@ -213,11 +228,12 @@ def learning(results):
     arms = {"LSTM(lr, teleport)": "LSTM(lr)", "LSTM(update, teleport)": "LSTM(update)"}
     beat = [m[arm]["verdict"] == "better" for arm in arms]
     add = [m[arm]["ratio_to_no_element"][2] < 1 for arm in arms]
-    ratios = ", ".join(f"{a} {factor(m[a]['ratio_to_GD'])}" for pair in arms.items() for a in pair)
+    pairs = (
+        f"{a} {m[a]['ratio_to_GD'][0]:.3f}, without teleport {m[b]['ratio_to_GD'][0]:.3f}" for a, b in arms.items()
+    )
     sentence = (
-        f"Loss after {s.steps} steps over gradient descent's, on {s.seeds} held-out problems: {ratios}; gradient "
-        f"descent at the learned rate's upper limit, with nothing learned, "
-        f"{factor(m['GD, rates of the clamp']['ratio_to_GD'])}."
+        f"Loss after {s.steps} steps over gradient descent's: {'; '.join(pairs)}; gradient descent at the learned rate's "
+        f"upper limit, with nothing learned, {m['GD, rates of the clamp']['ratio_to_GD'][0]:.3f}."
     )
     details = []
     for arm, v in m.items():
@@ -226,18 +242,19 @@ def learning(results):
         drift = v.get("largest_relative_drift")
         details.append(
             f"{arm}: final loss / GD's {factor(v['ratio_to_GD'])} ({v['verdict']}), / GD at the clamp's rate "
-            f"{factor(v['ratio_to_clamp'])}{f', drift of a teleport at most {drift:.0e}' if drift else ''}."
+            f"{factor(v['ratio_to_clamp'])}{f', drift of a teleport at most {drift:.0e}' if drift else ''}; of "
+            f"{v['meta_seeds']} meta-seeds {v['meta_seeds_better_than_GD']} beat GD, the best in meta-training is shown."
         )
-    limits = "no better than without the teleport" if any(beat) else "no better than gradient descent"
-    return Verdict(grade(all(beat) and all(add), any(beat)), limits, sentence, details)
+    limits = "no better than without the teleport" if all(beat) else "no better than gradient descent"
+    return Verdict(grade(all(beat) and all(add), all(beat)), limits, sentence, details)
 
 
 def factor(triple):
     """A ratio (mean, low, high) as text."""
-    if triple is None or triple[0] is None:
-        return "diverged"
     middle, low, high = triple
-    return f"{middle:.3g}" + ("" if low is None else f" [{low:.3g}, {high:.3g}]")
+    return (
+        "diverged" if math.isnan(middle) else f"{middle:.3g}" + ("" if math.isnan(low) else f" [{low:.3g}, {high:.3g}]")
+    )
 
 
 def displacement(results):
@@ -264,7 +281,7 @@ def so2(results):
     faster = {arm: final["gd_published"] <= final[arm] / 10 for arm in ("gd", "gd_random")}
     return Verdict(
         grade(all(faster.values()), faster["gd"]),
-        "random angles do as well" if faster["gd"] else "no faster",
+        "random angles do as well as the published ascent" if faster["gd"] else "no faster",
         "Final loss, median over starting angles: " + ", ".join(f"{names[a]} {final[a]:.2g}" for a in names) + ".",
         [
             f"Share of the largest dL/dt that a teleport reaches: published {m['gd_published']['speed_share']:.0%}, "
@@ -279,12 +296,14 @@ def regression(results):
     saves, gains, details, best = [], [], [], []
     for optimizer, m in metrics.items():
         arms = [arm for arm, v in m.items() if isinstance(v, dict)]
-        rate = min(range(len(factors)), key=lambda i: m["plain"]["final_loss_by_factor"][i])
-        final = dict(zip(arms, arrays[f"{optimizer}_rates/loss"][:, rate, :, -1]))
-        gain = difference(final["exact"], final["plain"])
+        rate = {arm: int(np.nanargmin(m[arm]["final_loss_by_factor"])) for arm in ("plain", "exact")}
+        final = dict(zip(arms, arrays[f"{optimizer}_rates/loss"][..., -1]))  # arm: (factors, runs)
+        gain = difference(final["exact"][rate["exact"]], final["plain"][rate["plain"]])
         saves.append(m["exact"]["epochs_saved"][1] > 0)
         gains.append(verdict(gain) == "better")
-        best.append(f"{optimizer} (×{factors[rate]}) {interval(gain, 3)}")
+        best.append(
+            f"{optimizer} {interval(gain, 3)} (×{factors[rate['exact']]:g} against ×{factors[rate['plain']]:g})"
+        )
         arms.remove("plain")
         saved = ", ".join(f"{arm} {interval(m[arm]['epochs_saved'], 0)}" for arm in arms)
         drift = ", ".join(f"{arm} {m[arm]['largest_relative_drift']:.0e}" for arm in arms)
@@ -293,30 +312,41 @@ def regression(results):
         )
     m = metrics["GD"]
     saved = {arm: m[arm]["epochs_saved"][0] for arm in ("published", "exact", "drift only")}
-    sentence = (
-        f"Of gradient descent's {m['level_epoch']} epochs an exact teleport saves {saved['exact']:.0f}, the published one "
-        f"{saved['published']:.0f}; the latter itself lowers the loss by up to "
-        f"{m['published']['largest_relative_drift']:.0%}, a drop that alone saves {saved['drift only']:.0f}. Final loss with "
-        f"an exact teleport minus without, both at the best learning rate: {'; '.join(best)}."
+    details.append(f"Final loss, exact minus plain, each at its best learning rate: {'; '.join(best)}.")
+    details.append(
+        f"The published teleport itself lowers gradient descent's loss by up to "
+        f"{m['published']['largest_relative_drift']:.0%}; that drop alone saves {saved['drift only']:.0f} epochs."
     )
-    limits = "not at the best learning rate" if all(saves) else "not both optimizers"
+    sentence = (
+        f"An exact teleport saves gradient descent {saved['exact']:.0f} of {m['level_epoch']} epochs; each at its best "
+        f"learning rate, the final loss changes by {'; '.join(best)}."
+    )
+    limits = "not at the best learning rate" if all(saves) else "no epochs saved by one of the two"
     return Verdict(grade(all(saves) and all(gains), any(saves)), limits, sentence, details)
 
 
 def classification(results):
-    details, better, exact = [], [], []
+    details, better, beyond, exact = [], [], [], []
     for r in results:
         for network, m in r.metrics.items():
             change = {arm: m[arm]["train_loss_minus_plain"] for arm in m if arm != "plain"}
             name = network.replace("_", " ")
+            faster = difference(m["exact"]["final_train_loss"], m["lr x3"]["final_train_loss"])
             better += [name] if verdict(change["exact"]) == "better" else []
-            exact.append(f"{name} {interval(change['exact'], 3)}")
+            beyond += [name] if verdict(faster) == "better" else []
+            exact.append(f"{name} {change['exact'][0]:+.3f} (learning rate ×3: {change['lr x3'][0]:+.3f})")
             cells = ", ".join(f"{arm} {interval(v)} ({verdict(v)})" for arm, v in change.items())
-            drift = ", ".join(f"{a} {m[a]['largest_relative_drift']:.0e}" for a in ("published", "exact", "rescaling"))
-            details.append(f"{r.label}, {network}, final training loss minus plain: {cells}. Drift: {drift}.")
+            drift = ", ".join(
+                f"{a} {m[a]['largest_relative_drift']:.0e} ({np.abs(m[a]['whole_loss_drift']).max():.0e})"
+                for a in ("published", "exact", "rescaling")
+            )
+            details.append(
+                f"{r.label}, {name}, final training loss minus plain: {cells}. Drift on the teleport's batch (the whole "
+                f"training set): {drift}."
+            )
     return Verdict(
-        grade(len(better) == len(exact), better),
-        f"{listed(better)} only",
+        grade(len(better) == len(beyond) == len(exact), better),
+        f"{listed(better)} only, and less than a threefold learning rate does" if better else "nowhere",
         f"Final training loss with exact teleports minus without: {', '.join(exact)}.",
         details,
     )
@@ -326,22 +356,26 @@ def sampling(results):
     m = results[0].metrics
     arms = [arm for arm in m if "train_loss_minus_SGD" in m[arm] and arm != "SGD"]
     gain = verdict(m["search"]["train_loss_minus_SGD"]) == "better"
-    matched = [a for a in ("rescaling", "SGD lr x10") if m[a]["train_loss_minus_search"][1] <= 0]
-    loss = {arm: mean(m[arm]["final_train_loss"]) for arm in ("SGD", "search", "rescaling", "SGD lr x10")}
+    controls = {"random": "one random element", "rescaling": "one rescaling number of the same gradient norm"}
+    controls["SGD lr x10"] = "a tenfold learning rate"
+    matched = [name for a, name in controls.items() if not m[a]["train_loss_minus_search"][1] > 0]
+    loss = {arm: mean(m[arm]["final_train_loss"]) for arm in ("SGD", "search", *controls)}
     cost = m["gradient_evaluations"]
     sentence = (
-        f"The best of {cost['search']} random elements takes SGD's final training loss from {loss['SGD']:.3f} to "
-        f"{loss['search']:.3f}; one rescaling number that gives the same gradient norm, to {loss['rescaling']:.3f}, and a "
-        f"tenfold learning rate to {loss['SGD lr x10']:.3f}. Gradient ascent finds that norm in {min(cost['ascent'])} to "
-        f"{max(cost['ascent'])} gradient evaluations instead of {cost['search']}."
+        f"Final training loss: SGD {loss['SGD']:.3f}, with the best of {cost['search']} {loss['search']:.3f}; with "
+        f"{', '.join(f'{name} {loss[a]:.3f}' for a, name in controls.items())}."
     )
     details = [
         f"{arm}: final training loss minus SGD's {interval(m[arm]['train_loss_minus_SGD'])} "
         f"({verdict(m[arm]['train_loss_minus_SGD'])})."
         for arm in arms
     ]
-    names = {"rescaling": "a rescaling by one number", "SGD lr x10": "a larger learning rate"}
-    limits = f"{' and '.join(names[a] for a in matched)} do{'es' if len(matched) == 1 else ''} as well or better"
+    details.append(
+        f"Gradient ascent reaches the norm that sampling finds in {min(cost['ascent'])} to {max(cost['ascent'])} gradient "
+        f"evaluations instead of {cost['search']}; the loss that follows is "
+        f"{interval(m['ascent']['train_loss_minus_search'], 3)} above sampling's."
+    )
+    limits = f"{listed(matched, ' and ')} do{'es' if len(matched) == 1 else ''} as well or better"
     return Verdict(grade(gain and not matched, gain), limits if gain else "no faster", sentence, details)
 
 
@@ -380,52 +414,56 @@ def convergence(results):
     for name, v in m.items():
         Q, needed = v["Q_start"], v["steps_to_threshold"]
         published, orbit = range(len(s.stds)), [s.base, *range(len(s.stds), len(Q))]
-        along = [needed[i] for i in sorted(orbit, key=lambda i: abs(Q[i]))]
-        if all(along):
-            spread[name] = max(along) / min(along)
-            ordered += [name] if along in (sorted(along), sorted(along, reverse=True)) else []
+        along = [s.steps if math.isnan(needed[i]) else needed[i] for i in orbit]  # at least, if it was not reached
+        spread[name] = max(along) / min(along)
+        ordered += [name] if monotone([Q[i] for i in orbit], along) else []
         pairs = [", ".join(f"Q = {Q[i]:.4g}: {steps(needed[i])}" for i in chosen) for chosen in (published, orbit)]
         details.append(
             f"{name}, steps to loss {s.threshold:g}: published starts {pairs[0]}. The same start function, moved along "
             f"its orbit: {pairs[1]}."
         )
-    depends = [spread.get(name, 0) > 2 for name in m]
+    depends = [ratio > 2 for ratio in spread.values()]
     cells = ", ".join(f"×{ratio:.1f} ({name})" for name, ratio in spread.items())
     return Verdict(
         grade(all(depends) and len(ordered) == len(m), any(depends)),
-        f"in the order of Q's size for {listed(ordered)}",
+        f"in the order of Q or its size for {listed(ordered)} only",
         f"Along one orbit, where all starts compute the same function, the steps to the loss {s.threshold:g} differ by up "
-        f"to {cells}; they follow the order of Q's size for {listed(ordered)}.",
+        f"to {cells}.",
         details,
     )
 
 
+def monotone(Q, values):
+    """Do the values rise or fall with Q, or with |Q|?"""
+    sequences = ([values[i] for i in sorted(range(len(Q)), key=key)] for key in (lambda i: Q[i], lambda i: abs(Q[i])))
+    return any(q in (sorted(values), sorted(values, reverse=True)) for q in sequences)
+
+
 def convergence_radial(results):
     m = results[0].metrics
-    times = [t for t in m["flow_time_over_Q"] if t]
+    times = [t for t in m["flow_time_over_Q"] if t > 0]  # NaN where it does not converge
     return Verdict(
         grade(max(times) < 1.1 * min(times), len(times) > 1),
         "not in proportion",
         f"All starts compute the same function, and the time to converge is proportional to Q: flow time / Q = "
         f"{min(times):.3f} to {max(times):.3f} over Q = {m['Q_start'][0]:.2g} to {m['Q_start'][len(times) - 1]:.2g}; "
-        f"Q = {m['Q_start'][-1]:.4g} {'converges' if m['steps_to_reduction'][-1] else 'does not converge in time'}.",
+        f"Q = {m['Q_start'][-1]:.4g} {'does not converge in time' if math.isnan(m['steps_to_reduction'][-1]) else 'converges'}.",
     )
 
 
 def hessian(results):
     s, details, ranges, ordered, along = results[0].settings, [], [], [], []
     for name, v in results[0].metrics.items():
-        starts = range(len(s.stds))
-        orbit = [s.base, *range(len(s.stds), len(v["Q"]))]
+        starts, orbit = range(len(s.stds)), [s.base, *range(len(s.stds), len(v["Q"]))]
         for chosen, names in ((starts, ordered), (orbit, along)):
-            largest = [v["largest"][i] for i in sorted(chosen, key=lambda i: v["Q"][i])]
-            names += [name] if largest in (sorted(largest), sorted(largest, reverse=True)) else []
-            if chosen is starts:
-                ranges.append(f"{name} {', '.join(f'{e:.3g}' for e in largest)}")
+            names += [name] if monotone([v["Q"][i] for i in chosen], [v["largest"][i] for i in chosen]) else []
+        largest = [v["largest"][i] for i in sorted(starts, key=lambda i: v["Q"][i])]
+        ranges.append(f"{name} {', '.join(f'{e:.3g}' for e in largest)}")
         eigenvalues = ", ".join(f"{e:.3g}" for e in v["largest"])
         values = ", ".join(f"{q:.4g}" for q in v["Q"])
         details.append(
-            f"{name}: largest eigenvalues {eigenvalues} at minima with Q = {values} (the last three: one orbit)."
+            f"{name}: largest eigenvalues {eigenvalues} at minima with Q = {values} (the last {len(orbit) - 1}: moved along "
+            f"the orbit of number {s.base + 1})."
         )
     n = len(results[0].metrics)
     return Verdict(
@@ -443,22 +481,22 @@ def ensembles(results):
     gains = next(v for k, v in r.metrics.items() if k.startswith("accuracy of") and "minus original" in k)
     on_batch = next(v for k, v in r.metrics.items() if k.startswith("relative change of the logits on the batch"))
     base = r.metrics["original: accuracy"]
-    similar = [epsilon for epsilon, v in gains["group"].items() if v["mean"] > -1]
-    epsilon, best = max(gains["group"].items(), key=lambda item: item[1]["mean"])
+    similar = {arm: [e for e, v in by_epsilon.items() if v["mean"] >= -1] for arm, by_epsilon in gains.items()}
+    alone = [e for e in similar["group"] if not any(e in similar[arm] for arm in ("inverse", "random", "shuffled"))]
+    _, best = max(gains["group"].items(), key=lambda item: item[1]["mean"])
     exact = max(change for epsilon, change in on_batch.items() if float(epsilon) <= 1)
     sentence = (
-        f"{r.label}: votes of symmetry ensembles stay within a point of the network's {100 * base['mean']:.1f} % for "
-        f"{len(similar)} of {len(gains['group'])} sizes ε of the moves (ε = {', '.join(similar)}); they gain at most "
-        f"{best['mean']:+.2f} ± {best['std']:.2f} points. On the batch that defined π the logits change by at most "
-        f"{exact:.0e} (ε ≤ 1)."
+        f"Accuracy of the vote within a point of the network's {100 * base['mean']:.1f} % ({r.label}): at ε = "
+        f"{listed(similar['group'])}, with random matrices at ε = {listed(similar['random'])}; it gains at most "
+        f"{best['mean']:+.2f} points. On the batch that defined π the logits change by at most {exact:.0e} (ε ≤ 1)."
     )
     details = []
     for arm, by_epsilon in gains.items():
         cells = ", ".join(f"{v['mean']:+.1f} ± {v['std']:.1f} at ε = {e}" for e, v in by_epsilon.items())
         details.append(f"{arm}, accuracy minus the original's, points: {cells}.")
-    return Verdict(
-        grade(len(similar) == len(gains["group"]), similar), f"for moves of ε = {listed(similar)}", sentence, details
-    )
+    everywhere = len(similar["group"]) == len(alone) == len(gains["group"])
+    limits = f"for moves of ε = {listed(similar['group'])}; {'more than a control at ' + listed(alone) if alone else 'no more than controls'}"
+    return Verdict(grade(everywhere, similar["group"]), limits, sentence, details)
 
 
 def adversarial(results):
@@ -483,11 +521,10 @@ def adversarial(results):
         return f"{100 * accuracy(*where).mean():.1f}"
 
     sentence = (
-        f"Under the strongest FGSM, {r.label}: {percent('FGSM', 'itself', 'group')} % accuracy when attacked through the "
-        f"ensemble's own gradients, {percent('FGSM', 'either', 'group')} % when the base model's attack counts as well, "
-        f"against {percent('FGSM', 'either', 'original')} % for the base model (PGD: {percent('PGD', 'itself', 'group')}, "
-        f"{percent('PGD', 'either', 'group')} and {percent('PGD', 'either', 'original')} %); without attack "
-        f"{percent('FGSM', 'either', 'group', 0)} against {percent('FGSM', 'either', 'original', 0)} %."
+        f"Accuracy under the strongest FGSM ({r.label}): {percent('FGSM', 'itself', 'group')} % when attacked through the "
+        f"ensemble's own gradients, {percent('FGSM', 'either', 'group')} % when the base model's attack counts too, against "
+        f"the base model's {percent('FGSM', 'either', 'original')} %; without attack {percent('FGSM', 'either', 'group', 0)} "
+        f"against {percent('FGSM', 'either', 'original', 0)} %."
     )
     details = []
     for attack in ("FGSM", "PGD"):
@@ -502,16 +539,19 @@ def adversarial(results):
                 f"{attack} up to {strength} on {by}: {cells}; difference (mean, 95 % from, to) {more} points."
             )
     loss = 100 * float(np.mean(accuracy("FGSM", "either", "original", 0) - accuracy("FGSM", "either", "group", 0)))
-    limits = (
-        f"at a cost of {loss:.1f} points without attack"
-        if all(robust["either"])
-        else "through their own gradients only"
+    limits = f"at a cost of {loss:.1f} points without attack"
+    if not all(robust["either"]):
+        limits = "through their own gradients only" if any(robust["itself"]) else "under neither attack"
+    return Verdict(
+        grade(all(robust["either"]) and loss <= 1, all(robust["either"]) or any(robust["itself"])),
+        limits,
+        sentence,
+        details,
     )
-    return Verdict(grade(all(robust["either"]) and loss < 1, any(robust["itself"])), limits, sentence, details)
 
 
 def steps(count):
-    return "not reached" if count is None else f"{count:,.0f}"
+    return "not reached" if math.isnan(count) else f"{count:,.0f}"
 
 
 def median(values):
@@ -519,8 +559,8 @@ def median(values):
     return (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
 
 
-def listed(names):
-    return ", ".join(names) if names else "none"
+def listed(names, last=", "):
+    return last.join(filter(None, (", ".join(names[:-1]), *names[-1:]))) or "none"
 
 
 def mean(values):
@@ -530,15 +570,13 @@ def mean(values):
 def interval(triple, digits=4):
     """A difference (mean, low, high) as text."""
     middle, low, high = triple
-    if middle is None:
+    if math.isnan(middle):
         return "diverged"
-    if low is None:
-        return f"{middle:+.{digits}f}"
-    return f"{middle:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{middle:+.{digits}f}" + ("" if math.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]")
 
 
 OF_SO2 = (
-    "the median final loss is at most a tenth of plain gradient descent's and of that after random angles; in part: of the "
+    "the published teleport's median final loss is at most a tenth of plain gradient descent's and of that after random angles; in part: of the "
     "former only."
 )
 
@@ -573,7 +611,7 @@ SECTIONS = (
         "Figure 6",
         "learn-to-teleport/multi_layer_regression.py",
         "Meta-optimizers that learn the teleport with the learning rate or the update beat gradient descent.",
-        "both beat gradient descent and the same meta-optimizer without the teleport; in part: gradient descent only. "
+        "both kinds beat gradient descent and themselves without the teleport; in part: gradient descent only. "
         "Geometric means over problems with 95 % intervals.",
         learning,
         believe=True,
@@ -604,8 +642,8 @@ SECTIONS = (
         "Regression (NeurIPS 2022)",
         "symmetry-teleportation/multi_layer_regression.py",
         "One teleport at epoch 5 accelerates gradient descent and AdaGrad.",
-        "an exact teleport saves both of them epochs and lowers their final loss at the best learning rate; in part: some "
-        "of it. Epochs: until the loss that the plain optimizer reaches later.",
+        "an exact teleport saves both of them epochs, and lowers their final loss when each arm has its best learning rate; "
+        "in part: some epochs. Epochs: until the loss that the plain optimizer reaches later.",
         regression,
         believe=True,
     ),
@@ -613,18 +651,19 @@ SECTIONS = (
         "MNIST classification (NeurIPS 2022)",
         "symmetry-teleportation/mnist_classification.py",
         "Teleports in the first epochs accelerate SGD and AdaGrad.",
-        "exact teleports lower the final training loss of every network and optimizer; in part: of some. Drift: largest "
-        "relative change of a teleport batch's loss.",
+        "exact teleports lower the final training loss of every network and optimizer, and more than a threefold learning "
+        "rate does; in part: lower it for some.",
         classification,
     ),
     Section(
         "Sampling (Fashion-MNIST variant)",
         "symmetry-teleportation/random_search.py",
         "Keeping the best of 1000 random group elements accelerates SGD.",
-        "the final training loss is below SGD's and below that of two controls, a rescaling by one number and a tenfold "
-        "learning rate; in part: below SGD's only.",
+        "the final training loss is below SGD's and below that of three controls, one random element, a rescaling by one "
+        "number and a tenfold learning rate; in part: below SGD's only.",
         sampling,
         believe=True,
+        source="An unofficial variant of the paper's",
     ),
     Section(
         "Q dynamics (ICLR 2023, Figure 3)",
@@ -637,8 +676,8 @@ SECTIONS = (
     Section(
         "Q distribution (ICLR 2023, Figures 4 and 5)",
         "gradient-flow-symmetry/Q_distribution.py",
-        "Common initializations reach a narrow range of Q only.",
-        "1000 draws agree with closed-form mean (4 standard errors) and deviation (10 %).",
+        "Common initializations concentrate Q in a narrow range.",
+        "the draws agree with a closed-form mean (4 standard errors) and deviation (10 %), which say how narrow.",
         distribution,
     ),
     Section(
@@ -646,7 +685,7 @@ SECTIONS = (
         "gradient-flow-symmetry/Q_convergence_elementwise.py",
         "The rate of convergence is related to Q.",
         "along one orbit, whose points compute the same function, the steps to a loss differ more than twofold, in the "
-        "order of Q's absolute value, for every activation; in part: they differ. The published starts differ in function too.",
+        "order of Q or of |Q|, for every activation; in part: they differ. The published starts differ in function too.",
         convergence,
     ),
     Section(
@@ -660,7 +699,7 @@ SECTIONS = (
         "Q and the Hessian (ICLR 2023, Figure 9)",
         "gradient-flow-symmetry/Q_hessian_eigenvalues.py",
         "The sharpness of a minimum is related to Q.",
-        "the largest Hessian eigenvalue is monotone in Q, over the published starts and along one orbit, for every "
+        "the largest Hessian eigenvalue is monotone in Q or in |Q|, over the published starts and along one orbit, for every "
         "activation; in part: for some.",
         hessian,
     ),
@@ -669,15 +708,16 @@ SECTIONS = (
         "gradient-flow-symmetry/ensemble_cifar.py",
         "A nonlinear, data-dependent symmetry turns a trained network into others that perform similarly on new samples, "
         "so that ensembles need no training.",
-        "the ensemble's accuracy is at most one point below the network's at every size ε of the moves; in part: at some.",
+        "the vote's accuracy is at most one point below the network's at every size ε of the moves, and that of controls (π "
+        "from random matrices, inverted, shuffled) is not; in part: at some ε, controls or not.",
         ensembles,
     ),
     Section(
         "Attacks (ICLR 2023, Figure 11)",
         "gradient-flow-symmetry/adversarial_cifar.py",
-        "Such ensembles are more robust to certain adversarial attacks.",
+        "Ensembles of a network moved along a symmetry are more robust to certain adversarial attacks.",
         "they are more accurate than the base model under the strongest FGSM and PGD when the attacks on either model must fail, and "
-        "at most a point less without attack; in part: under an attack through the ensemble's own gradients.",
+        "at most a point less without attack; in part: at a greater cost, or through the ensemble's own gradients only.",
         adversarial,
         believe=True,
     ),
@@ -690,8 +730,8 @@ SECTIONS = (
 def believe(judged):
     """The findings, a line each: the verdict, the claim, the numbers, the evidence."""
     return [
-        f"- **{sentence_case(judgement)}.** The paper: {section.claim} Here: {judgement.sentence} "
-        f"([{section.figure}](LINK#{anchor(section)}))"
+        f"- *{section.claim}* **{sentence_case(judgement)}.** {judgement.sentence} "
+        f"[{section.figure}](LINK#{anchor(section)})"
         for section, _, judgement in judged
         if section.believe and judgement
     ]
@@ -718,7 +758,7 @@ def reproduction(judged, root=ROOT):
         "",
     ]
     for section, results, judgement in judged:
-        lines += [f"## {title(section)}", "", f"The paper: {section.claim}", ""]
+        lines += [f"## {title(section)}", "", f"{section.source}: {section.claim}", ""]
         if not results:
             lines += [f"Not yet run at paper size: `python {section.script} --preset paper`.", ""]
             continue
@@ -734,8 +774,9 @@ def total(judged):
     records = [r.record for _, results, _ in judged for r in results]
     machines = " / ".join(sorted({record["device"] for record in records}))
     memory = max(record.get("peak_memory_bytes") or 0 for record in records)
-    return f"{duration(sum(record['elapsed_seconds'] for record in records))} of computing on {machines}" + (
-        f", {memory / 2**30:.1f} GiB of memory at most" if memory else ""
+    return (
+        f"{duration(sum(record['elapsed_seconds'] * record.get('ranks', 1) for record in records))} of computing on {machines}"
+        + (f", {memory / 2**30:.1f} GiB of memory at most" if memory else "")
     )
 
 
@@ -753,7 +794,8 @@ def describe(result, root):
     settings = {k: v for k, v in record["configuration"]["settings"].items() if k != "dataset"}
     pictures = [p for p in sorted((root / "figures").glob(f"{result.name}*.png")) if mine(p, result, root)]
     hashes = record["dataset"]["sha256"]
-    where = f"{record['device']}, {record['threads']} threads, torch {record['versions']['torch']}"
+    ranks = f"{record['ranks']} ranks of " if record.get("ranks", 1) > 1 else ""
+    where = f"{record['device']}, {ranks}{record['threads']} thread(s), torch {record['versions']['torch']}"
     return [
         f"### {result.label}",
         "",
@@ -795,7 +837,8 @@ def readme(judged):
             duration(r.record["elapsed_seconds"]) + (f" ({r.label})" if len(results) > 1 else "") for r in results
         )
         word = f"[{judgement}](REPRODUCTION.md#{anchor(section)})" if judgement else ""
-        rows.append(f"| {section.figure} | `python {section.script}` | {times or 'not yet run'} | {word} |")
+        options = " --dataset all" if len(results) > 1 else ""
+        rows.append(f"| {section.figure} | `python {section.script}{options}` | {times or 'not yet run'} | {word} |")
     rows += ["", f"All of it: {total(judged)}."]
     findings = "\n".join(believe(judged)).replace("LINK#", "REPRODUCTION.md#")
     text = (ROOT / "README.md").read_text()

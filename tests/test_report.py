@@ -80,13 +80,38 @@ def test_verdict_on_figure_6():
 def test_verdict_on_sampling():
     results, word = judged("symmetry-teleportation/random_search.py")
     metrics = results[0].metrics
-    for arm in ("rescaling", "SGD lr x10"):
+    for arm in ("random", "rescaling", "SGD lr x10"):
         metrics[arm]["train_loss_minus_search"] = (0.1, 0.05, 0.2)
     assert word() == "holds"
     metrics["rescaling"]["train_loss_minus_search"] = (0.1, -0.05, 0.2)  # as good
     assert word() == "holds in part"
     metrics["search"]["train_loss_minus_SGD"] = (0.1, -0.05, 0.2)
     assert word() == "does not hold"
+
+
+def leaves(value, path=()):
+    """Paths to all the numbers in nested dicts and lists."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return [leaf for key, inner in items for leaf in leaves(inner, (*path, key))]
+    return [path] if isinstance(value, int | float) else []
+
+
+@pytest.mark.parametrize("section", report.SECTIONS, ids=lambda s: s.script)
+def test_a_missing_number_never_stops_the_report(section):
+    """null in a results file: a run that diverged, the interval of one seed."""
+    results = report.load(section)
+    assert results
+    for r in results:
+        paths = leaves(r.metrics)
+        for path in paths[:: max(1, len(paths) // 200)]:
+            *outer, last = path
+            place = r.metrics
+            for key in outer:
+                place = place[key]
+            kept, place[last] = place[last], float("nan")
+            assert section.judge(results).word, path
+            place[last] = kept
 
 
 def test_a_report_on_results_of_ones_own(tmp_path):
