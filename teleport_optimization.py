@@ -17,6 +17,7 @@ own teleports; evaluation excluded.
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from common import cli, plots, published
@@ -195,9 +196,11 @@ def plot(outcome, settings, save):
 
 
 def plot_curves(outcome, s, x_axis):
-    """Figure 5 (x_axis epoch) or 13 (seconds) at the published learning rate: training dashed, test solid."""
-    figure, axes = plots.panels(1, len(s.optimizers), width=3.1, height=3.2)
-    for ax, optimizer in zip(axes[0], s.optimizers):
+    """Figure 5 (x_axis epoch), with differences from the baseline, or 13 (seconds), at the published learning rate."""
+    rows = 2 if x_axis == "epoch" and s.seeds > 1 else 1
+    figure, axes = plots.panels(rows, len(s.optimizers), width=3.1, height=2.8)
+    for column, optimizer in zip(axes.T, s.optimizers):
+        ax = column[0]
         for a, arm in enumerate(ARMS):
             x = range(1, s.epochs + 1) if x_axis == "epoch" else outcome.timings[optimizer][arm]
             look = dict(plots.style(a, marker=True), markevery=(a * s.epochs // 25, max(1, s.epochs // 5)))
@@ -209,15 +212,31 @@ def plot_curves(outcome, s, x_axis):
         plots.log_loss(ax)
         both = [outcome.arrays[f"{optimizer}/{key}"][:, 0] for key in ("train_loss", "test_loss")]
         ax.set_ylim(top=1.1 * max(values[..., min(1, s.epochs - 1)].mean(1).max() for values in both))  # from epoch 2
-    axes[0, 0].set_ylabel(f"loss, {outcome.label}\n(training dashed, test solid)")
+        if rows == 2:
+            plot_differences(column[1], outcome.arrays[f"{optimizer}/train_loss"][:, 0], s)
+    axes[0, 0].set_ylabel(f"loss, {outcome.label}, ± std\n(training dashed, test solid)")
+    axes[-1, 0].set_ylabel("training loss −\nbaseline's, 95 %" if rows == 2 else axes[0, 0].get_ylabel())
     axes[0, -1].legend(fontsize=8)
     return figure
+
+
+def plot_differences(ax, loss, s):
+    """loss (A, S, epochs) of every arm minus the baseline's, paired by seed: mean and 95 % interval."""
+    epochs, top = np.arange(1, s.epochs + 1), 0
+    for a in range(1, len(ARMS)):
+        mean, low, high = np.array([difference(loss[a, :, e], loss[0, :, e]) for e in range(s.epochs)]).T
+        look = dict(plots.style(a, marker=True), markevery=(a * s.epochs // 25, max(1, s.epochs // 5)), linewidth=1.1)
+        ax.plot(epochs, mean, **look)
+        ax.fill_between(epochs, low, high, color=plots.COLORS[a], alpha=0.15, linewidth=0)
+        top = max(top, np.nanmax(abs(mean[min(2, s.epochs - 1) :])))
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set(xlabel="epoch", ylim=(-1.6 * top, 1.6 * top) if top > 0 else None)
 
 
 def plot_sweep(outcome, s):
     """Loss of every arm at every learning rate: is teleportation more than a learning rate?"""
     epochs = [e for e in s.milestones if e <= s.epochs]
-    epochs = [epochs[0], epochs[-1]] if len(epochs) > 1 else epochs
+    epochs = epochs[-2:]
     figure, axes = plots.panels(len(epochs), len(s.optimizers), width=3.1, height=2.7)
     for row, epoch in zip(axes, epochs):
         for ax, optimizer in zip(row, s.optimizers):
@@ -231,7 +250,8 @@ def plot_sweep(outcome, s):
             ax.set_xticks(s.factors, [f"×{f}" for f in s.factors])
             ax.minorticks_off()
             plots.log_loss(ax)
-            ax.set_ylim(top=1.3 * outcome.arrays[f"{optimizer}/train_loss"][:, 0, :, epoch - 1].mean(1).max())
+            shown = outcome.arrays[f"{optimizer}/train_loss"][..., epoch - 1].mean(2)  # (A, F); diverged ones leave
+            ax.set_ylim(0.8 * np.nanmin(shown), 1.3 * shown[:, 0].max())
         row[0].set_ylabel(f"training loss, {outcome.label}")
     axes[0, -1].legend(fontsize=8)
     return figure
@@ -251,7 +271,7 @@ def plot_drift(outcome, s):
             plots.band(column[1], x, norm[a, 0, ..., 1] / norm[a, 0, ..., 0], arm, a, **look)
         column[0].set(title=optimizer, yscale="log")
         column[1].set(xlabel="teleport")
-    axes[0, 0].set_ylabel("|Δloss| / loss,\nlargest of the seeds")
+    axes[0, 0].set_ylabel("|Δloss| / loss, largest\nof the seeds (≥ 1e-9)")
     axes[1, 0].set_ylabel("‖∂L/∂W‖ after / before")
     axes[0, -1].legend(fontsize=8)
     return figure

@@ -56,9 +56,21 @@ def band(ax, x, y, label=None, i=0, **options):
     return line
 
 
+class _FewDecades(matplotlib.ticker.MaxNLocator):
+    """Ticks at 1, 2 and 5 times powers of ten, evenly spaced ones where these would be fewer than three."""
+
+    def __init__(self):
+        super().__init__(5, steps=[1, 2, 5, 10])
+
+    def tick_values(self, low, high):
+        ticks = matplotlib.ticker.LogLocator(subs=(1, 2, 5)).tick_values(low, high)
+        ticks = ticks[(low <= ticks) & (ticks <= high)]
+        return ticks if len(ticks) > 2 else super().tick_values(low, high)
+
+
 def log_loss(ax):
-    """A logarithmic y axis for values within about a decade, where powers of ten would leave one label or none."""
+    """A logarithmic y axis for values within a decade or two, where powers of ten would leave one label or none."""
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_locator(_FewDecades())
     ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     ax.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())

@@ -192,7 +192,7 @@ def plot_differences(outcome, s):
         ax.set_yticks(range(len(s.epsilons)), [f"{epsilon:g}" for epsilon in s.epsilons])
         ax.grid(False)
     axes[0, 0].set_ylabel("ε")
-    figure.colorbar(image, ax=axes[0], label="accuracy − original, per cent", pad=0.01)
+    figure.colorbar(image, ax=axes[0], label="accuracy − original, percentage points", pad=0.01)
     figure.suptitle(f"{outcome.label}: accuracy of the vote minus that of the network, mean over {s.seeds} seed(s)")
     return figure
 

@@ -290,14 +290,14 @@ def plot_figure6(outcome, s):
         gradient.plot(*(np.exp(np.log(v).mean(0)) for v in (loss, norm)), label=name, **plots.style(i))
     for a, arm in enumerate(PARTS["lr"]):
         every = outcome.arrays["lr/rate"][a]
-        rate.plot(steps[:-1], every.T, color=plots.style(a)["color"], linewidth=0.5, alpha=0.5)
-        rate.plot(steps[:-1], curves(outcome, arm.name, "rate"), label=arm.name, **plots.style(a))
+        rate.plot(steps[:-1], every.T, color=plots.style(a + 1)["color"], linewidth=0.5, alpha=0.5)
+        rate.plot(steps[:-1], curves(outcome, arm.name, "rate"), label=arm.name, **plots.style(a + 1))
     by_step.set(xlabel="Step", ylabel="Loss", yscale="log")
     by_seconds.set(xlabel="Seconds", ylabel="Loss", yscale="log")
     gradient.set(xlabel="Loss", ylabel=r"$\|\partial L/\partial W\|^2$", xscale="log", yscale="log")
     rate.set(xlabel="Step", ylabel="Learned rate (thin: other meta-seeds)", yscale="log")
     by_step.legend(fontsize=7)
-    rate.set_ylim(bottom=rate.get_ylim()[0] / 1000)
+    rate.set_ylim(bottom=rate.get_ylim()[0] / 30)
     rate.legend(fontsize=6, loc="lower left")
     return figure
 
@@ -321,14 +321,15 @@ def plot_controls(outcome, s):
         c = outcome.arrays[f"{key}/chosen"][a]
         seeds.plot(np.exp(final[c]), row[0], "D", color="#000000", markersize=5)
         if key != "gd" and outcome.arrays[f"{key}/drift"][a].any():
-            i = [n for k, _, n in arms() if k != "gd"].index(name)
+            i = 1 + [n for k, _, n in arms() if k != "gd"].index(name)  # black is GD, above
             drift.plot(steps[:-1], outcome.arrays[f"{key}/drift"][a].max(0), label=name, **plots.style(i))
     seeds.set_yticks(range(len(names)), names, fontsize=6)
     seeds.invert_yaxis()
     seeds.set(xlabel=f"Loss after {s.steps} steps, every meta-seed (black: as shown)", xscale="log")
+    seeds.xaxis.set_major_formatter("{x:g}")
     seeds.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     seeds.tick_params(axis="x", which="both", labelsize=7)
-    drift.axhline(1e-5, color="#999999", linewidth=0.8)
+    drift.axhline(1e-5, color="#999999", linewidth=0.8, label="1e-5")
     drift.set(xlabel="Step", ylabel="Largest relative change\nof the loss by a teleport", yscale="log")
     drift.set_ylim(top=drift.get_ylim()[1] * 30)
     drift.legend(fontsize=6, loc="upper left")

@@ -197,7 +197,8 @@ def plot(outcome, s, save):
                 x = range(1, s.epochs + 1) if x_axis == "epoch" else outcome.timings[key][arm]
                 look = dict(plots.style(a, marker=True), markevery=(a * s.epochs // 25, max(1, s.epochs // 5)))
                 plots.band(ax, x, curve, arm, **dict(look, linewidth=1.2))
-            ax.set(title=key.replace("_", ", "), yscale="log", xlabel="epoch" if x_axis == "epoch" else "seconds a run")
+            ax.set(title=key.replace("_", ", "), xlabel="epoch" if x_axis == "epoch" else "seconds a run")
+            plots.log_loss(ax)
         axes[0, 0].set_ylabel(f"training loss, {outcome.label}")
         axes[0, -1].legend(fontsize=8)
         save(figure, "" if x_axis == "epoch" else "seconds")

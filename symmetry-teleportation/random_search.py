@@ -348,7 +348,8 @@ def plot_training(outcome, s):
             look = dict(plots.style(LOOK[arm], marker=True), markevery=(k * s.epochs // 30, max(1, s.epochs // 5)))
             plots.band(ax, epochs, curve, arm, **dict(look, linewidth=1.2))
         ax.axvline(s.teleport_epoch, color="0.7", linewidth=0.8, zorder=0)
-        ax.set(xlabel="epoch", yscale="log", title=title)
+        ax.set(xlabel="epoch", title=title)
+        plots.log_loss(ax)
         ax.legend(fontsize=8)
     axes[0, 0].set_ylabel(f"training loss, {outcome.label}")
     return figure

@@ -303,7 +303,7 @@ def _convergence(arrays, function):
                 x, y = np.insert(x, when, x[when]), np.insert(y, when, before)
             phase_ax.plot(x, y, **plots.style(i))
     dL_dt, floor = r"$dL/dt = \|\partial L/\partial w\|^2$", (function.floor, None)
-    loss_ax.set(xlabel="step", ylabel="loss")
+    loss_ax.set(xlabel="step", ylabel="loss", title="thick: first angle; thin: the others")
     speed_ax.set(xlabel="step", ylabel=dL_dt)
     phase_ax.set(xlabel="loss", ylabel=dL_dt, title="markers: after a teleport", xscale="log", xlim=floor)
     for ax in (loss_ax, speed_ax, phase_ax):
