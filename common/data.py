@@ -135,10 +135,16 @@ def published_split(data):
 
 
 def download(name, data_dir=None, quiet=False):
-    """Fetch dataset `name` into `data_dir`, verify its checksums, return its folder. What is there already is kept."""
+    """Fetch dataset `name` into `data_dir`, verify its checksums, return its folder. What is there already is kept:
+    a complete dataset that can be read, whatever its checksums, and of an incomplete one the files that are right."""
     if name not in DOWNLOADS:
         raise UserError(f"cannot download {name!r}: choose from {', '.join(DOWNLOADS)}")
     root = Path(data_dir) if data_dir else ROOT / "data"
+    try:
+        load(name, root)
+        return locate(name, root)[0]
+    except UserError:  # missing, incomplete or corrupt
+        pass
     urls, files = DOWNLOADS[name]
     folder = root if name == "CIFAR10" else root / name / "raw"
     folder.mkdir(parents=True, exist_ok=True)

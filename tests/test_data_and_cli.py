@@ -122,6 +122,16 @@ def test_download_verifies_and_refuses(tmp_path):
         data._fetch(["file:///does/not/exist"], tmp_path / "other", md5, quiet=True)
 
 
+def test_download_keeps_what_can_be_read(mnist, monkeypatch):
+    """make paper, continued without a network, must not want the data again; a corrupt file it must."""
+    root = mnist.parents[1]
+    monkeypatch.setitem(data.DOWNLOADS, "MNIST", (["file:///does/not/exist/"], data.DOWNLOADS["MNIST"][1]))
+    assert data.download("MNIST", root, quiet=True) == mnist
+    (mnist / "t10k-labels-idx1-ubyte").write_bytes(b"")
+    with pytest.raises(UserError, match="could not download"):
+        data.download("MNIST", root, quiet=True)
+
+
 def complaint(*options, output, **where):
     status, stdout, stderr = run_inside(SCRIPT, "--preset", "tiny", *options, output=output, **where)
     assert status == 2 and len(stderr.strip().splitlines()) == 1 and stderr.startswith("error: "), (stdout, stderr)
