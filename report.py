@@ -204,16 +204,17 @@ def sharpness_curvature(results):
                 words.setdefault(word, []).append(f"{r.label} {arm_name(key)}")
     others = "; ".join(f"{len(arms)} {word}" for word, arms in words.items())
     details.append(f"The other arms, controls included: {others}.")
-    limits = [
-        f"larger curvature does not lower it on {listed([r.label for r in results if r.label not in improves])}",
-        f"flatter points change it on {listed([r.label for r in results if r.label not in negligible])}",
-    ]
-    limits = [text for text, missing in zip(limits, (n - len(improves), n - len(negligible))) if missing]
+    limits = []
+    if len(improves) < n:
+        limits.append(
+            f"larger curvature lowers the test loss {'on ' + listed(improves) + ' only' if improves else 'nowhere'}"
+        )
+    if len(negligible) < n:
+        limits.append(f"flatter points matter on {listed([r.label for r in results if r.label not in negligible])}")
     return Verdict(
         grade(len(improves) == len(negligible) == n, improves),
         "; ".join(limits),
-        f"Final test loss minus that without teleporting: after teleporting to larger curvature {text(up)}; to flatter "
-        f"points {text(down)}.",
+        f"Final test loss after teleporting to larger curvature minus that without: {text(up)}.",
         details,
     )
 

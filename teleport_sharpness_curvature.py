@@ -430,11 +430,10 @@ def plot_losses(ax, outcome, s, objective, kind):
             if alive.any():
                 plots.band(ax, epochs, outcome.arrays[key][a, alive], name, i, **{**look, "linestyle": line})
     usual = np.stack([outcome.arrays[key][0] for key in ("train_loss", "test_loss")])
-    low = usual.min() * 0.3  # room for the legend
-    ax.set(xlabel="epoch", yscale="log", ylim=(low, usual.max() * 1.4))  # a diverged arm leaves the axes
-    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2) if low < t < usual.max() * 1.4]
-    ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
-    ax.minorticks_off()
+    low, high = usual.min(), usual.max()
+    room = high / low  # below for the legend; a diverged arm leaves the axes
+    plots.log_loss(ax)
+    ax.set(xlabel="epoch", ylim=(low / room**0.7, high * room**0.15))
     ax.legend(title="training dashed, test solid, ± std", fontsize=7, title_fontsize=7, loc="lower left")
 
 
@@ -454,6 +453,7 @@ def plot_differences(ax, outcome, objective):
     ticks = [sign * 10.0**e for sign in (-1, 1) for e in range(-3, 3)] + [0]
     low, high = ax.get_ylim()
     ax.set_yticks([t for t in ticks if low <= t <= high])
+    ax.set_xlim(-0.5, len(arms) - 0.5)
     name_arms(ax, arms)
 
 
