@@ -209,8 +209,12 @@ def sharpness_curvature(results):
         limits.append(
             f"larger curvature lowers the test loss {'on ' + listed(improves) + ' only' if improves else 'nowhere'}"
         )
-    if len(negligible) < n:
-        limits.append(f"flatter points matter on {listed([r.label for r in results if r.label not in negligible])}")
+    diverged = [label for label, m in arms(down) if math.isnan(m["minus_no_teleport"][0])]
+    matter = [r.label for r in results if r.label not in negligible + diverged]
+    if matter:
+        limits.append(f"flatter points matter on {listed(matter)}")
+    if diverged:
+        limits.append(f"some runs sent to flatter points diverge on {listed(diverged)}")
     return Verdict(
         grade(len(improves) == len(negligible) == n, improves),
         "; ".join(limits),
