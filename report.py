@@ -778,10 +778,11 @@ def total(judged):
     """Computing time, machine and memory of all results."""
     records = [r.record for _, results, _ in judged for r in results]
     machines = " / ".join(sorted({record["device"] for record in records}))
-    memory = max(record.get("peak_memory_bytes") or 0 for record in records)
+    memory = [record["peak_memory_bytes"] for record in records if record.get("peak_memory_bytes")]
+    where = "" if len(memory) == len(records) else f" (of {len(memory)} of {len(records)} results)"
     return (
-        f"{duration(sum(record['elapsed_seconds'] * record.get('ranks', 1) for record in records))} of computing on {machines}"
-        + (f", {memory / 2**30:.1f} GiB of memory at most" if memory else "")
+        f"{duration(sum(record['elapsed_seconds'] * record.get('ranks', 1) for record in records))} of computing on "
+        f"{machines}" + (f", at most {max(memory) / 2**30:.1f} GiB of memory{where}" if memory else "")
     )
 
 
