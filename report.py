@@ -15,6 +15,7 @@ import math
 import re
 import runpy
 import sys
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -117,10 +118,11 @@ def optimization(results):
     both = [o for o in claimed if o in helped() and o in helped(early, "at_best_rate")]
     loss = {arm: mean(m["AdaGrad"][arm][f"train_loss_{early}"]["values"][0]) for arm in m["AdaGrad"]}
     restart, kept = (verdict(triple("AdaGrad", arm)) == "better" for arm in ("restart", "teleport"))
+    adagrad = "AdaGrad's gain is the restart of its state" if restart and not kept else "AdaGrad"
     sentence = (
         f"With the optimizer's state kept, teleporting lowers the training loss after epoch {early} for {listed(both)} (also "
-        f"at each arm's best learning rate), after epoch {last} for {listed(helped(last, 'at_best_rate'))}. AdaGrad"
-        f"{chr(39) + 's gain is the restart of its state' if restart and not kept else ''}: {loss['baseline']:.4f} alone, "
+        f"at each arm's best learning rate), after epoch {last} for {listed(helped(last, 'at_best_rate'))}. "
+        f"{adagrad}: {loss['baseline']:.4f} alone, "
         f"{loss['restart']:.4f} restarted without teleporting, {loss['teleport']:.4f} teleported with its state kept."
     )
 
@@ -185,11 +187,11 @@ def sharpness_curvature(results):
         return ", ".join(f"{interval(m['minus_no_teleport'])} on {label}" for label, m in arms(key))
 
     def labels(key, word):
-        return [label for label, m in arms(key) if (verdict(m["minus_no_teleport"]) == word)]
+        return [label for label, m in arms(key) if verdict(m["minus_no_teleport"]) == word]
 
     up, down, n = "curvature_up_teleport", "sharpness_down_teleport", len(results)
     improves, negligible = labels(up, "better"), labels(down, "no difference")
-    words, details = {}, []
+    words, details = Counter(), []
     for r in results:
         for key, m in r.metrics.items():
             if key == "no_teleport":
@@ -201,8 +203,8 @@ def sharpness_curvature(results):
                 f"{change} in all; test loss minus no teleport {interval(m['minus_no_teleport'])} ({word})."
             )
             if key not in (up, down):
-                words.setdefault(word, []).append(f"{r.label} {arm_name(key)}")
-    others = "; ".join(f"{len(arms)} {word}" for word, arms in words.items())
+                words[word] += 1
+    others = "; ".join(f"{count} {word}" for word, count in words.items())
     details.append(f"The other arms, controls included: {others}.")
     limits = []
     if len(improves) < n:
@@ -759,7 +761,7 @@ def reproduction(judged, root=ROOT):
         "",
         *(line.replace("LINK#", "#") for line in believe(judged)),
         "",
-        f"All results below took {total(judged)}.",
+        f"All results below took {total(records_of(judged))}.",
         "",
     ]
     for section, results, judgement in judged:
@@ -774,9 +776,12 @@ def reproduction(judged, root=ROOT):
     return "\n".join(lines).rstrip() + "\n"
 
 
-def total(judged):
+def records_of(judged):
+    return [r.record for _, results, _ in judged for r in results]
+
+
+def total(records):
     """Computing time, machine and memory of all results."""
-    records = [r.record for _, results, _ in judged for r in results]
     machines = " / ".join(sorted({record["device"] for record in records}))
     memory = [record["peak_memory_bytes"] for record in records if record.get("peak_memory_bytes")]
     where = "" if len(memory) == len(records) else f" (of {len(memory)} of {len(records)} results)"
@@ -845,7 +850,7 @@ def readme(judged):
         word = f"[{judgement}](REPRODUCTION.md#{anchor(section)})" if judgement else ""
         options = " --dataset all" if len(results) > 1 else ""
         rows.append(f"| {section.figure} | `python {section.script}{options}` | {times or 'not yet run'} | {word} |")
-    rows += ["", f"All of it: {total(judged)}."]
+    rows += ["", f"All of it: {total(records_of(judged))}."]
     findings = "\n".join(believe(judged)).replace("LINK#", "REPRODUCTION.md#")
     text = (ROOT / "README.md").read_text()
     for key, content in (("findings", findings), ("figures", "\n".join(rows))):
@@ -866,8 +871,7 @@ def main():
     options = parser.parse_args()
     if options.estimate:
         records = [json.loads(path.read_text()) for path in (ROOT / "results").glob("*.json")]
-        seconds, machines = sum(r["elapsed_seconds"] for r in records), {r["device"] for r in records}
-        print(f"The {len(records)} committed results took {duration(seconds)} on {' / '.join(sorted(machines))}.")
+        print(f"The {len(records)} committed results took {total(records)}.")
         return
     found = [(section, load(section, options.root)) for section in SECTIONS]
     if not any(results for _, results in found):

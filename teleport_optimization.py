@@ -23,7 +23,7 @@ import torch
 from common import cli, plots, published
 from common.cli import Outcome
 from common.data import published_split
-from common.mlp import StackedMLP, cross_entropy, initial_weights, published_seeds
+from common.mlp import StackedMLP, batch_loss, initial_weights, published_seeds
 from common.statistics import difference, mean_std, verdict
 from teleport import leaky_relu, preactivation_action, rescaling_action, squared_gradient_norm, teleport
 
@@ -135,13 +135,7 @@ def train(run, optimizer, seeds, x, y, x_test, y_test):
 
 def move(arm, weights, X, labels, lr, s):
     """One teleport of the members of an arm, weights (F, S, d_m, d_{m-1}), each seed on its own batch X (S, d_0, n)."""
-
-    def loss_fn(weights):
-        h = X
-        for W in weights[:-1]:
-            h = ACTIVATION.f(W @ h)
-        return cross_entropy(weights[-1] @ h, labels)
-
+    loss_fn = batch_loss(X, labels, ACTIVATION)
     options = dict(activation=ACTIVATION, lr=lr, steps=s.ascent_steps, cap=s.cap)
     if arm == "published":
         return published.teleport_gradient_norm(weights, X, loss_fn, **options)

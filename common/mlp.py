@@ -34,6 +34,21 @@ def cross_entropy(logits, labels):
     return -log_p.gather(-2, index).mean((-2, -1))
 
 
+def batch_loss(X, labels, activation):
+    """loss_fn(weights) -> E for teleports on a batch: columns X (*E, d_0, n), labels (*E, n) or (n,).
+
+    The loss of `teleport.forward` without its checks, so that a member that has diverged does not stop the others.
+    """
+
+    def loss_fn(weights):
+        h = X
+        for W in weights[:-1]:
+            h = activation.f(W @ h)
+        return cross_entropy(weights[-1] @ h, labels)
+
+    return loss_fn
+
+
 class StackedMLP:
     """E networks trained as one. weights: (E, d_m, d_{m-1}) each, copied; lr: a number or one per member, (E,).
 

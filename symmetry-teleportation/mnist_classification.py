@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli, plots
 from common.cli import Outcome
 from common.data import published_split
-from common.mlp import StackedMLP, cross_entropy, initial_weights, published_seeds
+from common.mlp import StackedMLP, batch_loss, initial_weights, published_seeds
 from common.published import teleport_postactivation
 from common.statistics import difference, mean_std, verdict
 from teleport import (
@@ -129,12 +129,7 @@ def climb(s, arm, weights, X, labels):
     A step that raises it by more than half, or not at all, is taken back and tried again at a quarter of the rate. The
     published teleport may also lower it.
     """
-
-    def loss_fn(weights):
-        h = X
-        for V in weights[:-1]:
-            h = ACTIVATION.f(V @ h)
-        return cross_entropy(weights[-1] @ h, labels)
+    loss_fn = batch_loss(X, labels, ACTIVATION)
 
     def step(weights, lr):
         if arm == "published":

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, plots
 from common.cli import Outcome
-from common.mlp import StackedMLP, cross_entropy, initial_weights, published_seeds
+from common.mlp import StackedMLP, batch_loss, initial_weights, published_seeds
 from common.published import approximate_score
 from common.statistics import difference, mean_std, verdict
 from teleport import (
@@ -211,12 +211,7 @@ def move_all(s, weights, seeds, x, y):
 
 def move(s, W, X, labels, seed):
     """One run's teleports, on the batch X (d_0, n), labels (n,): see the arms in the docstring above."""
-
-    def loss_fn(weights):
-        h = X
-        for V in weights[:-1]:
-            h = ACTIVATION.f(V @ h)
-        return cross_entropy(weights[-1] @ h, labels)
+    loss_fn = batch_loss(X, labels, ACTIVATION)
 
     def clocked(key, function):
         start = time.perf_counter()
