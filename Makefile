@@ -1,3 +1,4 @@
+# make smoke     every script at --preset tiny, in minutes
 # make figures   every figure at its default preset, on embedded data
 # make test      the test suite
 # make paper     the published sizes, with downloads, and a report, into reproduction/; says first how long it takes; can
@@ -8,7 +9,13 @@ SCRIPTS = $(shell grep -l '^    cli\.main' *.py *-*/*.py)
 OF_ALL_DATASETS = correlation.py teleport_sharpness_curvature.py
 PAPER = --preset paper --output reproduction
 
-.PHONY: figures test paper benchmark clean
+.PHONY: help smoke figures test paper benchmark clean
+
+help:
+	@grep '^# ' Makefile | cut -c3-
+
+smoke: .venv/installed
+	@set -e; for script in $(SCRIPTS); do echo; echo "== $$script"; .venv/bin/python $$script --preset tiny; done
 
 figures: .venv/installed
 	@set -e; for script in $(SCRIPTS); do echo; echo "== $$script"; .venv/bin/python $$script; done

@@ -21,10 +21,26 @@ import torch
 from scipy.stats import pearsonr
 
 from common import UserError, cli, plots
+from common.claims import Claim, Verdict, grade, listed, table
 from common.data import published_split
 from common.mlp import StackedMLP, initial_weights, published_seeds
+from common.run import Outcome
 from common.sharpness import Sharpness
 from teleport import curvature, leaky_relu
+
+CLAIM = Claim(
+    order=20,
+    figure="Table 1, Figures 9 and 10",
+    paper="ICLR 2024",
+    section="Section 4",
+    says="Over networks trained alike, the test loss correlates positively with sharpness φ and negatively with "
+    "curvature ψ.",
+    short="test loss goes with φ, against ψ",
+    rule="holds if both correlations have that sign on every dataset, p < 0.05; in part: some. Intervals: 95 %, "
+    "Fisher's z.",
+    dated="2026-11-22",
+    headline=True,
+)
 
 
 @dataclass(frozen=True)
@@ -145,7 +161,7 @@ def experiment(run):
             "psi_batches": psi,
         }
 
-    parts = run.parts(train_and_measure, groups)
+    parts, seconds = run.parts(train_and_measure, {key: key for key in groups})
     arrays = {name: np.concatenate([part[name] for part in parts.values()]) for name in next(iter(parts.values()))}
     arrays |= {name: arrays[f"{name}_batches"].mean(1, dtype=np.float64) for name in ("phi", "psi")}
     metrics = {
@@ -157,8 +173,7 @@ def experiment(run):
         "even_with_odd_batches": {name: halves(arrays[f"{name}_batches"]) for name in ("phi", "psi")},
         "ranges": {name: [a.min(), a.max()] for name, a in arrays.items() if a.ndim == 1},
     }
-    timings = {key: run.seconds(key) for key in parts}
-    return cli.Outcome(metrics, arrays, seeds, timings)
+    return Outcome(metrics, arrays, seeds, seconds)
 
 
 def correlation(x, y):
@@ -170,6 +185,32 @@ def correlation(x, y):
 
 def halves(batches):
     return pearsonr(batches[:, ::2].mean(1, dtype=float), batches[:, 1::2].mean(1, dtype=float)).statistic
+
+
+def judge(*outcomes):
+    def c(r, name):
+        return r.metrics["correlations"][f"{name}, test_loss"]
+
+    def where(name):
+        return ", ".join(f"{c(r, name)['r']:.2f} on {r.label}" for r in outcomes)
+
+    signs = {"phi": 1, "psi": -1}
+    right = {n: [r.label for r in outcomes if c(r, n)["p"] < 0.05 and c(r, n)["r"] * signs[n] > 0] for n in signs}
+    details = []
+    for r in outcomes:
+        parts = (
+            f"r({pair.replace('test_loss', 'test loss').replace('phi', 'φ').replace('psi', 'ψ')}) = {v['r']:.2f} "
+            f"[{v['low']:.2f}, {v['high']:.2f}], p = {v['p']:.1g}"
+            for pair, v in r.metrics["correlations"].items()
+        )
+        details.append(f"{r.label}: " + "; ".join(parts) + ".")
+    full = all(len(labels) == len(outcomes) for labels in right.values())
+    sentence = f"r(φ, test loss) = {where('phi')}; r(ψ, test loss) = {where('psi')}."
+    missing = {n: [r.label for r in outcomes if r.label not in right[n]] for n in signs}
+    limits = "; ".join(
+        f"not {'φ' if n == 'phi' else 'ψ'} on {listed(labels)}" for n, labels in missing.items() if labels
+    )
+    return Verdict(grade(full, any(right.values())), limits, sentence, details)
 
 
 # Figures and table
@@ -191,7 +232,7 @@ def plot_pairs(outcome, ticks, save):
         for name, set_ticks in ((x, ax.set_xticks), (y, ax.set_yticks)):
             if name in ticks:
                 set_ticks(ticks[name])
-        ax.set_title(interval(outcome.metrics["correlations"][f"{x}, {y}"]), fontsize=10)
+        ax.set_title(r_text(outcome.metrics["correlations"][f"{x}, {y}"]), fontsize=10)
     figure.suptitle(outcome.label)
     save(figure)
 
@@ -223,7 +264,7 @@ def plot_number_of_runs(outcome, save):
     save(figure, "runs")
 
 
-def interval(c):
+def r_text(c):
     return f"r = {c['r']:.3f} [{c['low']:.3f}, {c['high']:.3f}]"
 
 
@@ -238,12 +279,12 @@ def report(outcome, settings):
         cells = [f"{c['r']:.3f}", f"[{c['low']:.3f}, {c['high']:.3f}]", f"{c['p']:.1g}"]
         rows.append([name, *cells, *(f"{r:.3f}" for r in fewer)])
         (yes if c["p"] < 0.05 else no).append(f"r({name})")
-    table = cli.table([*header, *(f"r of first {n}" for n in counts)], rows)
+    cells = table([*header, *(f"r of first {n}" for n in counts)], rows)
     verdict = f"different from zero: {', '.join(yes) or 'none'}; not: {', '.join(no) or 'none'}."
     ranges = {k: f"{low:.3g} to {high:.3g}" for k, (low, high) in metrics["ranges"].items()}
     even = metrics["even_with_odd_batches"]
     return (
-        f"{table}\n\n{outcome.label}, 5 % level, {verdict}\n"
+        f"{cells}\n\n{outcome.label}, 5 % level, {verdict}\n"
         f"φ {ranges['phi']}, ψ {ranges['psi']}, test loss {ranges['test_loss']}, training loss {ranges['train_loss']}, "
         f"test accuracy {ranges['test_accuracy']}.\n"
         f"Even with odd batches: φ {even['phi']:.3f}, ψ {even['psi']:.3f}."
@@ -251,4 +292,4 @@ def report(outcome, settings):
 
 
 if __name__ == "__main__":
-    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report, judge)

@@ -11,6 +11,7 @@ Distances are exact: in closed form, or with --method shapely to a refined polyl
 `published`: the published parabola, a polyline with a vertex every 0.1 in x, which is coarse once r is near 0.1.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,20 @@ import numpy as np
 import shapely
 
 from common import cli, plots
+from common.claims import Claim, Verdict, grade, table
+from common.run import Outcome
+
+CLAIM = Claim(
+    order=50,
+    figure="Figure 7",
+    paper="ICLR 2024",
+    section="Section 4",
+    says="How far a minimum is expected to move when the loss landscape shifts depends on its curvature.",
+    short="displacement depends on curvature",
+    rule="holds if the exact mean distance over r, at its smallest, is more than 1 % from that of a straight line; "
+    "both curves.",
+    dated="2026-11-22",
+)
 
 
 @dataclass(frozen=True)
@@ -214,7 +229,24 @@ def experiment(run):
                 "published_relative_quadrature_error_estimate": (published_error / published).max(),
             }
             arrays["parabola_published"] = published
-    return cli.Outcome(metrics, arrays, timings=timings)
+    return Outcome(metrics, arrays, timings=timings)
+
+
+def judge(outcome):
+    m = outcome.metrics
+    parabola, circle = m["parabola"], m["circle"]
+    flat = 2 / math.pi  # the mean distance of a circle's points to a straight line through its centre, over the radius
+    depends = [abs(curve["smallest_value"] / flat - 1) > 0.01 for curve in (parabola, circle)]
+    return Verdict(
+        grade(all(depends), any(depends)),
+        "one of the two curves only",
+        f"It does, but not monotonically: the parabola's is {flat:.3f} r without curvature, least, "
+        f"{parabola['smallest_value']:.3f} r, at κr = {parabola['smallest_at_kappa_r']:.2g}, and grows from "
+        f"there on. All "
+        f"radii fall on one curve of κr (to {parabola['difference_from_radius_1']:.0e}); the published polyline "
+        f"is off by "
+        f"up to {max(parabola['published_relative_error']):.0%}.",
+    )
 
 
 def plot(outcome, settings, save):
@@ -263,8 +295,8 @@ def report(outcome, settings):
         f"The parabola's curve is not monotone: it falls from 2/π to {low['smallest_value']:.4f} "
         f"at κr = {low['smallest_at_kappa_r']:.2f} and then rises."
     )
-    return cli.table(header, rows) + f"\n\n{sentence}\ncomputing: {sum(outcome.timings.values()):.2f} s"
+    return table(header, rows) + f"\n\n{sentence}\ncomputing: {sum(outcome.timings.values()):.2f} s"
 
 
 if __name__ == "__main__":
-    cli.main(__file__, __doc__, PRESETS, experiment, plot, report, options={"method": METHODS})
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report, judge, options={"method": METHODS})

@@ -24,6 +24,8 @@ All arms of a run start from the same weights and see the same batches, directio
 members of one stacked network. Unlike the published runs, which share one initialization, every run has its own.
 """
 
+import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,9 +33,10 @@ import numpy as np
 import torch
 
 from common import UserError, cli, plots, published
-from common.cli import Outcome
+from common.claims import Claim, Verdict, grade, interval, listed, table
 from common.data import published_split
 from common.mlp import StackedMLP, cross_entropy, initial_weights, published_seeds
+from common.run import Outcome
 from common.sharpness import Sharpness
 from common.statistics import difference, mean_std, verdict
 from teleport import (
@@ -46,6 +49,20 @@ from teleport import (
     rescaling_action,
     squared_gradient_norm,
     teleport,
+)
+
+CLAIM = Claim(
+    order=30,
+    figure="Figure 4",
+    paper="ICLR 2024",
+    section="Section 4",
+    says="Teleporting to minima of larger curvature improves generalization; to flatter ones, the effect is "
+    "negligible.",
+    short="larger ψ generalizes better, smaller φ not",
+    rule="holds if larger ψ lowers the final test loss and smaller φ makes no difference, on every dataset; in "
+    "part: larger ψ lowers it on some.",
+    dated="2026-11-22",
+    headline=True,
 )
 
 
@@ -140,14 +157,17 @@ def experiment(run):
         net = StackedMLP(weights_of(state, run.device), lr=lr)
         return train(run, net, data, int(key.removeprefix("epoch_")) - done)
 
-    first = run.parts(before, ["before"])["before"]
+    parts, seconds = run.parts(before, {"before": "before"})
+    first = parts["before"]
     keys = [f"run_{i + 1}" for i in range(s.seeds)]
-    middle = list(run.parts(teleported, keys).values())
+    parts, spent = run.parts(teleported, {key: key for key in keys})
+    middle, seconds = list(parts.values()), seconds | spent
     state = {key: np.concatenate([part[key] for part in middle]) for key in ("W1", "W2", "W3")}
     done, last = s.teleport_epoch + 1, []
     while done < s.epochs:
-        keys.append(f"epoch_{min(done + 5, s.epochs)}")
-        state = run.parts(after, keys[-1:])[keys[-1]]
+        key = f"epoch_{min(done + 5, s.epochs)}"
+        parts, spent = run.parts(after, {key: key})
+        state, seconds = parts[key], seconds | spent
         last.append(state)
         done = min(done + 5, s.epochs)
 
@@ -156,7 +176,7 @@ def experiment(run):
         shared = np.broadcast_to(first[key], (len(MEMBERS), *first[key].shape))
         rest = [part[key].reshape(s.seeds, len(MEMBERS), -1).swapaxes(0, 1) for part in last]
         arrays[key] = np.concatenate([shared, np.stack([part[key] for part in middle], 1), *rest], -1)
-    return Outcome(compare(s, arrays), arrays, seeds, {key: run.seconds(key) for key in ["before", *keys]})
+    return Outcome(compare(s, arrays), arrays, seeds, seconds)
 
 
 def train(run, net, data, epochs, before_step=None):
@@ -401,6 +421,57 @@ def finite_max(values):
     return float(np.where(np.isnan(values), np.inf, values).max())
 
 
+def judge(*outcomes):
+    def arms(key):
+        return [(r.label, r.metrics[key]) for r in outcomes]
+
+    def text(key):
+        return ", ".join(f"{interval(m['minus_no_teleport'])} on {label}" for label, m in arms(key))
+
+    def labels(key, word):
+        return [label for label, m in arms(key) if verdict(m["minus_no_teleport"]) == word]
+
+    up, down, n = "curvature_up_teleport", "sharpness_down_teleport", len(outcomes)
+    improves, negligible = labels(up, "better"), labels(down, "no difference")
+    words, details = Counter(), []
+    for r in outcomes:
+        for key, m in r.metrics.items():
+            if key == "no_teleport":
+                continue
+            word = "diverged" if math.isnan(m["minus_no_teleport"][0]) else verdict(m["minus_no_teleport"])
+            change = "diverged" if math.isnan(m["total_change"]) else f"{m['total_change']:+.1%}"
+            details.append(
+                f"{r.label}, {arm_name(key)}: {m['moved_as_asked']} of {m['teleports']} teleports went as asked, "
+                f"{change} in all; test loss minus no teleport {interval(m['minus_no_teleport'])} ({word})."
+            )
+            if key not in (up, down):
+                words[word] += 1
+    others = "; ".join(f"{count} {word}" for word, count in words.items())
+    details.append(f"The other arms, controls included: {others}.")
+    limits = []
+    if len(improves) < n:
+        limits.append(
+            f"larger curvature lowers the test loss {'on ' + listed(improves) + ' only' if improves else 'nowhere'}"
+        )
+    diverged = [label for label, m in arms(down) if math.isnan(m["minus_no_teleport"][0])]
+    matter = [r.label for r in outcomes if r.label not in negligible + diverged]
+    if matter:
+        limits.append(f"flatter points matter on {listed(matter)}")
+    if diverged:
+        limits.append(f"some runs sent to flatter points diverge on {listed(diverged)}")
+    return Verdict(
+        grade(len(improves) == len(negligible) == n, improves),
+        "; ".join(limits),
+        f"Final test loss after teleporting to larger curvature minus that without: {text(up)}.",
+        details,
+    )
+
+
+def arm_name(key):
+    objective, direction, kind = key.split("_")
+    return f"{'φ' if objective == 'sharpness' else 'ψ'} {direction}, {kind}"
+
+
 def plot(outcome, s, save):
     figure, axes = plots.panels(2, 5, width=3.4, height=3.2)
     for row, objective in zip(axes, KINDS):
@@ -500,16 +571,15 @@ def name_arms(ax, arms):
 
 def report(outcome, s):
     def percent(value):
-        return "" if value is None else f"{value:+.2%}" if abs(value) < 10 else f"×{1 + value:.1e}"
+        return "" if math.isnan(value) else f"{value:+.2%}" if abs(value) < 10 else f"×{1 + value:.1e}"
 
     def number(value):
-        return "diverged" if value is None else f"{value:.1e}"
+        return "diverged" if math.isnan(value) else f"{value:.1e}"
 
     base = outcome.metrics["no_teleport"]
     rows = [["no teleport", "", "", "", "", "", mean_std(base["test_loss"]), "", ""]]
     for arm in ARMS:
         m = outcome.metrics[arm.key]
-        mean, low, high = m["minus_no_teleport"]
         rows.append(
             [
                 f"{SYMBOLS[arm.objective]} {arm.direction}, {arm.kind}",
@@ -518,8 +588,8 @@ def report(outcome, s):
                 percent(m["total_change"]),
                 number(m["drift"][1]),
                 number(m["largest_drift"][1]),
-                mean_std([np.nan if v is None else v for v in m["test_loss"]]),
-                "" if mean is None else f"{mean:+.4f}" if low is None else f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]",
+                mean_std(m["test_loss"]),
+                interval(m["minus_no_teleport"]),
                 verdict(m["minus_no_teleport"]),
             ]
         )
@@ -530,8 +600,8 @@ def report(outcome, s):
         "\ndata and fresh draws, median; drift: |Δloss|/loss of a teleport on held-out data, median and largest."
         f"\n95 % intervals; of {len(ARMS)} comparisons one in twenty differs by chance."
     )
-    return f"{title}\n\n{cli.table(header, rows)}"
+    return f"{title}\n\n{table(header, rows)}"
 
 
 if __name__ == "__main__":
-    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report, judge)

@@ -17,8 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from common import cli, published  # noqa: E402
+from common import published  # noqa: E402
+from common.claims import table  # noqa: E402
 from common.mlp import StackedMLP, cross_entropy, initial_weights, published_seeds  # noqa: E402
+from common.run import device_name  # noqa: E402
 from teleport import (  # noqa: E402
     forward,
     leaky_relu,
@@ -89,9 +91,7 @@ def training(rate):
                 [f"{optimizer}, {members} members", f"{step * 1e3:.3f}", f"{step / members * 1e6:.1f}"]
                 + [f"{alone / step * members:.0f}", f"{step / bound:.1f}", f"{share:.0%}"]
             )
-    return cli.table(
-        ["stacked training step, batch 20", "ms", "µs/member", "× faster", "× floor", "of GEMM rate"], rows
-    )
+    return table(["stacked training step, batch 20", "ms", "µs/member", "× faster", "× floor", "of GEMM rate"], rows)
 
 
 def teleporting():
@@ -120,12 +120,12 @@ def teleporting():
         call = best(partial(action, W[1], W[0], *arguments, ACTIVATION))
         rows.append([f"one {action.__name__}", f"{call * 1e3:.3f}", f"{call / unit:.2f}"])
     title = f"5 members, {SAMPLES} samples (one gradient: {unit * 1e3:.2f} ms)"
-    return cli.table([title, "ms", "× one gradient"], rows)
+    return table([title, "ms", "× one gradient"], rows)
 
 
 def main():
     rate = gemm_rate()
-    print(f"{cli.device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"fp32 matrix product, 1024³: {rate:.0f} GFLOP/s\n")
     print(training(rate), end="\n\n")
     print(teleporting())

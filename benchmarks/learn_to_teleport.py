@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "learn-to-teleport"
 import torch  # noqa: E402
 from meta_optimizer import Arm, Core, MetaOptimizer, Unroll, act, meta_train, regression  # noqa: E402
 
-from common import cli  # noqa: E402
+from common.claims import table  # noqa: E402
+from common.run import device_name  # noqa: E402
 from teleport import apply_to_layers, leaky_relu, postactivation_action  # noqa: E402
 
 TELEPORT, LR = Arm("teleport", "rate", "learned"), Arm("lr", "rate", None)
@@ -125,9 +126,9 @@ def main():
         "weights in the graph",
         "meta-training",
     ]
-    print(f"{cli.device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads\n\n" + cli.table(header, rows))
+    print(f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads\n\n" + table(header, rows))
     rows = [[f"{E} members", f"{1e3 * action(True, E):.2f}", f"{1e3 * action(False, E):.2f}"] for E in (1, 25)]
-    print("\n" + cli.table(["action, forward and backward, ms", "meta_optimizer.act", "teleport.py"], rows))
+    print("\n" + table(["action, forward and backward, ms", "meta_optimizer.act", "teleport.py"], rows))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from common import cli  # noqa: E402
+from common.claims import table  # noqa: E402
 from common.mlp import cross_entropy, initial_weights  # noqa: E402
+from common.run import device_name  # noqa: E402
 from common.sharpness import Sharpness  # noqa: E402
 from teleport import (  # noqa: E402
     _action_curve_forward_mode,
@@ -77,12 +78,12 @@ def sharpness_row(dims):
 def main():
     a, b = torch.rand(2, 2048, 2048)
     rate = 2 * 2048**3 / best(lambda: a @ b, 10) / 1e9
-    print(f"{cli.device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, {rate:.0f} GFLOP/s\n")
+    print(f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, {rate:.0f} GFLOP/s\n")
     header = [f"ms, 16-10-10, {SAMPLES} samples", "action", "curve_curvature", "nested forward mode", "/ action"]
     rows = [curvature_row(dtype, members) for dtype in (torch.float32, torch.float64) for members in (1, 5)]
-    print(cli.table(header, rows) + "\n")
+    print(table(header, rows) + "\n")
     rows = [sharpness_row(dims) for dims in ((784, 16, 10, 10), (3072, 32, 10, 10))]
-    print(cli.table([f"s per step on φ, {COPIES} copies", "step", "same directions", "floor"], rows))
+    print(table([f"s per step on φ, {COPIES} copies", "step", "same directions", "floor"], rows))
     print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, PyTorch included")
 
 

@@ -1,11 +1,19 @@
 """One plot style: readable in print and without colour (every curve has its own line style or marker)."""
 
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import matplotlib
 import matplotlib.ticker
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+
+from common.run import new_file  # noqa: E402
 
 # Okabe-Ito colours: distinct for colour-blind readers and of different lightness in grey.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
@@ -30,12 +38,14 @@ plt.rcParams.update(
 )
 
 
-def panels(rows=1, columns=1, width=3.6, height=2.9, **options):
-    """A figure and its (rows, columns) array of axes."""
+def panels(
+    rows: int = 1, columns: int = 1, width: float = 3.6, height: float = 2.9, **options: Any
+) -> tuple[plt.Figure, np.ndarray]:
+    """A figure and its (rows, columns) array of axes, each width × height inches."""
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **options)
 
 
-def style(i, marker=False):
+def style(i: int, marker: bool = False) -> dict:
     """Colour, line style (and marker) number i, as keyword arguments of plot."""
     return {
         "color": COLORS[i % len(COLORS)],
@@ -44,7 +54,7 @@ def style(i, marker=False):
     }
 
 
-def band(ax, x, y, label=None, i=0, **options):
+def band(ax: plt.Axes, x: Sequence, y: np.ndarray, label: str | None = None, i: int = 0, **options: Any) -> plt.Line2D:
     """Plot the mean of y (seeds, points) over seeds with a band of ±1 standard deviation (not drawn for one seed)."""
     y = np.atleast_2d(np.asarray(y, float))
     mean = y.mean(0)
@@ -59,18 +69,40 @@ def band(ax, x, y, label=None, i=0, **options):
 class _FewDecades(matplotlib.ticker.MaxNLocator):
     """Ticks at 1, 2 and 5 times powers of ten, evenly spaced ones where these would be fewer than three."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(5, steps=[1, 2, 5, 10])
 
-    def tick_values(self, low, high):
+    def tick_values(self, low: float, high: float) -> np.ndarray:
         ticks = matplotlib.ticker.LogLocator(subs=(1, 2, 5)).tick_values(low, high)
         ticks = ticks[(low <= ticks) & (ticks <= high)]
         return ticks if len(ticks) > 2 else super().tick_values(low, high)
 
 
-def log_loss(ax):
+def log_loss(ax: plt.Axes) -> None:
     """A logarithmic y axis for values within a decade or two, where powers of ten would leave one label or none."""
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(_FewDecades())
     ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     ax.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+
+
+def save(figure: plt.Figure, folder: Path, name: str) -> list[Path]:
+    """Write name.pdf and name.png into folder, complete or not at all, without dates; close the figure."""
+    paths = []
+    for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
+        path = folder / f"{name}.{suffix}"
+        with new_file(path) as file:
+            figure.savefig(file, format=suffix, metadata=metadata)
+        paths.append(path)
+    plt.close(figure)
+    return paths
+
+
+def link(paths: Sequence[Path], folder: Path) -> None:
+    """Make symbolic links to the files in folder; what stands there under their names is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        with tempfile.TemporaryDirectory(dir=folder) as private:  # a name that nobody else has
+            temporary = Path(private) / path.name
+            temporary.symlink_to(os.path.relpath(path.resolve(), folder.resolve()))
+            temporary.replace(folder / path.name)

@@ -5,6 +5,7 @@ those of one process. A run in which a rank died is started again and computes o
 """
 
 import os
+from typing import Any
 
 import torch.distributed as dist
 
@@ -13,17 +14,19 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start():
+def start() -> None:
+    """Join the other ranks, if there are any."""
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
 
 
-def stop():
+def stop() -> None:
+    """Leave them."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def gather(value):
+def gather(value: Any) -> list:
     """Every rank's value, in the order of ranks, on every rank. Waits for the slowest."""
     if WORLD == 1:
         return [value]
@@ -32,6 +35,6 @@ def gather(value):
     return values
 
 
-def first(value):
+def first(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     return gather(value)[0]

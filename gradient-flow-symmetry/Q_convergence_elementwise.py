@@ -8,6 +8,7 @@ same loss, at different Q.
 All starts train as one stack, in float64 from the published float32 numbers.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,21 @@ from conserved import (
 )
 
 from common import cli, plots
+from common.claims import Claim, Verdict, count, grade, listed, table
+from common.run import Outcome
+
+CLAIM = Claim(
+    order=130,
+    figure="Q and convergence (ICLR 2023, Figure 6)",
+    paper="ICLR 2023",
+    section="",
+    says="The rate of convergence is related to Q.",
+    short="Q sets the rate of convergence",
+    rule="holds if along one orbit, whose points compute the same function, the steps to a loss differ more than "
+    "twofold, in the order of Q or of |Q|, for every activation; in part: they differ. The published starts "
+    "differ in function too.",
+    dated="2026-11-22",
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,7 @@ def experiment(run):
         return {"steps": steps, "Q": torch.stack(Q, -1), "loss": torch.stack(loss, -1)}
 
     arrays, metrics = {}, {}
-    for activation, part in run.parts(train, s.activations).items():
+    for activation, part in run.parts(train, {name: name for name in s.activations})[0].items():
         arrays |= {f"{activation}_{name}": array for name, array in part.items()}
         steps, Q, loss = part["steps"], part["Q"], part["loss"]
         below = loss <= s.threshold
@@ -76,10 +92,10 @@ def experiment(run):
             "Q_end": Q[:, -1],
             "loss_start": loss[:, 0],
             "loss_end": loss[:, -1],
-            "steps_to_threshold": [int(steps[b.argmax()]) if b.any() else None for b in below],
+            "steps_to_threshold": [int(steps[b.argmax()]) if b.any() else math.nan for b in below],
             "control_loss_drift": np.abs(loss[len(s.stds) :, 0] - loss[s.base, 0]).max(),  # of moving along the orbit
         }
-    return cli.Outcome(metrics, arrays, seeds=[s.seed])
+    return Outcome(metrics, arrays, seeds=[s.seed])
 
 
 def starts(s, activation, device):
@@ -90,6 +106,38 @@ def starts(s, activation, device):
     ]
     orbit = [scaled_pair(*draws[s.base], scale, activation) for scale in s.scales]
     return (torch.stack(matrices) for matrices in zip(*draws, *orbit))
+
+
+def judge(outcome):
+    m, s = outcome.metrics, outcome.settings
+    details, spread, ordered = [], {}, []
+    for name, v in m.items():
+        Q, needed = v["Q_start"], v["steps_to_threshold"]
+        published, orbit = range(len(s.stds)), [s.base, *range(len(s.stds), len(Q))]
+        along = [s.steps if math.isnan(needed[i]) else needed[i] for i in orbit]  # at least, if it was not reached
+        spread[name] = max(along) / min(along)
+        ordered += [name] if monotone([Q[i] for i in orbit], along) else []
+        pairs = [", ".join(f"Q = {Q[i]:.4g}: {count(needed[i])}" for i in chosen) for chosen in (published, orbit)]
+        details.append(
+            f"{name}, steps to loss {s.threshold:g}: published starts {pairs[0]}. The same start function, moved along "
+            f"its orbit: {pairs[1]}."
+        )
+    depends = [ratio > 2 for ratio in spread.values()]
+    cells = ", ".join(f"×{ratio:.1f} ({name})" for name, ratio in spread.items())
+    return Verdict(
+        grade(all(depends) and len(ordered) == len(m), any(depends)),
+        f"in the order of Q or its size for {listed(ordered)} only",
+        f"Along one orbit, where all starts compute the same function, the steps to the loss {s.threshold:g} "
+        f"differ by up "
+        f"to {cells}.",
+        details,
+    )
+
+
+def monotone(Q, values):
+    """Do the values rise or fall with Q, or with |Q|?"""
+    sequences = ([values[i] for i in sorted(range(len(Q)), key=key)] for key in (lambda i: Q[i], lambda i: abs(Q[i])))
+    return any(q in (sorted(values), sorted(values, reverse=True)) for q in sequences)
 
 
 def plot(outcome, s, save):
@@ -118,13 +166,11 @@ def report(outcome, s):
         for i, name in enumerate(names):
             columns = (m[key][i] for key in ("Q_start", "loss_start", "loss_end"))
             steps = m["steps_to_threshold"][i]
-            rows.append(
-                [f"{activation}, {name}", *(f"{x:.4g}" for x in columns), "not reached" if steps is None else steps]
-            )
+            rows.append([f"{activation}, {name}", *(f"{x:.4g}" for x in columns), count(steps)])
     drift = max(outcome.metrics[activation]["control_loss_drift"] for activation in s.activations)
     header = ["σ, start", "Q", "loss at start", "at end", f"steps to loss {s.threshold:g}"]
-    return cli.table(header, rows) + f"\nmoving along the orbit changed the loss by at most {drift:.1e}"
+    return table(header, rows) + f"\nmoving along the orbit changed the loss by at most {drift:.1e}"
 
 
 if __name__ == "__main__":
-    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report, judge)

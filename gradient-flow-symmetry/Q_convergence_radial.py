@@ -8,6 +8,7 @@ c² exactly, so that over flow time divided by Q all loss curves are one.
 All starts train as one stack, in float64 from the published float32 numbers.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conserved import conserved_quantity, gradient_descent, published_normal, record_steps, two_layer_loss
 
 from common import cli, plots
+from common.claims import Claim, Verdict, grade, table
+from common.run import Outcome
+
+CLAIM = Claim(
+    order=140,
+    figure="Q and convergence, radial (ICLR 2023, Figure 7)",
+    paper="ICLR 2023",
+    section="",
+    says="The rate of convergence is related to Q.",
+    short="Q sets the rate of convergence (radial)",
+    rule="holds if the time to reduce the loss is proportional to Q, within 10 %.",
+    dated="2026-11-22",
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,7 @@ def experiment(run):
             loss.append(two_layer_loss(U, V, Y, "radial").square() / Y.numel() / Y.norm())
         return {"steps": steps, "Q": torch.stack(Q, -1), "loss": torch.stack(loss, -1)}
 
-    arrays = run.parts(train, ["radial"])["radial"]
+    arrays = run.parts(train, {"radial": "radial"})[0]["radial"]
     steps, Q, loss = arrays["steps"], arrays["Q"], arrays["loss"]
     reached = [crossing(steps, row, s.reduction * row[0]) for row in loss]
     metrics = {
@@ -67,7 +81,7 @@ def experiment(run):
         "steps_to_reduction": reached,
         "flow_time_over_Q": [None if t is None else t * s.lr / q for t, q in zip(reached, Q[:, 0])],
     }
-    return cli.Outcome(metrics, arrays, seeds=[s.seed])
+    return Outcome(metrics, arrays, seeds=[s.seed])
 
 
 def start(s):
@@ -82,12 +96,25 @@ def start(s):
 
 
 def crossing(steps, loss, level):
-    """The (interpolated) number of steps at which the loss first falls to the level, or None."""
+    """The (interpolated) number of steps at which the loss first falls to the level, or NaN."""
     below = np.flatnonzero(loss <= level)
     if not len(below):
-        return None
+        return math.nan
     i = below[0]
     return float(np.interp(level, loss[[i, i - 1]], steps[[i, i - 1]]))
+
+
+def judge(outcome):
+    m = outcome.metrics
+    times = [t for t in m["flow_time_over_Q"] if t > 0]  # NaN where it does not converge
+    return Verdict(
+        grade(max(times) < 1.1 * min(times), len(times) > 1),
+        "not in proportion",
+        f"All starts compute the same function, and the time to converge is proportional to Q: flow time / Q = "
+        f"{min(times):.3f} to {max(times):.3f} over Q = {m['Q_start'][0]:.2g} to {m['Q_start'][len(times) - 1]:.2g}; "
+        f"Q = {m['Q_start'][-1]:.4g} "
+        f"{'does not converge in time' if math.isnan(m['steps_to_reduction'][-1]) else 'converges'}.",
+    )
 
 
 def plot(outcome, s, save):
@@ -109,12 +136,12 @@ def report(outcome, s):
     rows = []
     for i, c in enumerate(s.scales):
         steps, ratio = m["steps_to_reduction"][i], m["flow_time_over_Q"][i]
-        counted = ["not reached", ""] if steps is None else [f"{steps:.4g}", f"{ratio:.4g}"]
+        counted = ["not reached", ""] if math.isnan(steps) else [f"{steps:.4g}", f"{ratio:.4g}"]
         columns = (m[key][i] for key in ("Q_start", "Q_relative_drift", "loss_start", "loss_end"))
         rows.append([f"{c:g}", *(f"{x:.4g}" for x in columns), *counted])
     header = ["c", "Q", "its drift", "loss at start", "at end", f"steps to × {s.reduction:g}", "flow time / Q"]
-    return cli.table(header, rows)
+    return table(header, rows)
 
 
 if __name__ == "__main__":
-    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report, judge)

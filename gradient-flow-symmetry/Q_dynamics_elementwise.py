@@ -27,6 +27,20 @@ from conserved import (
 )
 
 from common import cli, plots
+from common.claims import Claim, Verdict, grade, table
+from common.run import Outcome
+
+CLAIM = Claim(
+    order=110,
+    figure="Q dynamics (ICLR 2023, Figure 3)",
+    paper="ICLR 2023",
+    section="",
+    says="Gradient flow conserves Q, and gradient descent nearly does.",
+    short="gradient flow conserves Q",
+    rule="holds if at equal training time Q drifts as the step size to a power within 0.1 of 1, for every activation.",
+    dated="2026-11-22",
+    headline=True,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ def experiment(run):
         return {"steps": steps, **{k: torch.stack(v, -1) for k, v in {"Q": Q, "scale": scale, "loss": loss}.items()}}
 
     arrays, metrics = {}, {}
-    for activation, part in run.parts(train, s.activations).items():
+    for activation, part in run.parts(train, {name: name for name in s.activations})[0].items():
         arrays |= {f"{activation}_{name}": array for name, array in part.items()}
         drift, control = drifts(part["Q"], part["scale"])
         at = equal_time(part["steps"], s.rates)
@@ -83,7 +97,7 @@ def experiment(run):
             "order_in_step_size": np.polyfit(np.log(s.rates), np.log(drift_at), 1)[0],
             "control_order": np.polyfit(np.log(s.rates), np.log(control_at), 1)[0],
         }
-    return cli.Outcome(metrics, arrays, seeds=[s.seed])
+    return Outcome(metrics, arrays, seeds=[s.seed])
 
 
 def drifts(Q, scale):
@@ -96,6 +110,23 @@ def equal_time(steps, rates):
     """For each step size the record at the flow time that the smallest one reaches at the end."""
     times = steps[-1] * min(rates) / np.array(rates)
     return np.abs(steps - times[:, None]).argmin(1)
+
+
+def judge(outcome):
+    m = outcome.metrics
+    orders = [v["order_in_step_size"] for v in m.values()]
+    conserved = [abs(order - 1) < 0.1 for order in orders]
+    sentence = (
+        f"Under gradient descent Q drifts in proportion to the step size to the power {min(orders):.2f} to "
+        f"{max(orders):.2f}, which is what a first-order method leaves of a quantity that its flow conserves."
+    )
+    details = [
+        f"{name}: Q drifts by {abs(v['drift_at_equal_time'][0]):.1e} at the largest step size, as its power "
+        f"{v['order_in_step_size']:.2f}; the control (terms added, not subtracted) moves by "
+        f"{abs(v['control_at_equal_time'][0]):.2g}, as its power {v['control_order']:.2f}."
+        for name, v in m.items()
+    ]
+    return Verdict(grade(all(conserved), any(conserved)), "not for every activation", sentence, details)
 
 
 def plot(outcome, s, save):
@@ -136,8 +167,8 @@ def report(outcome, s):
             rows.append([activation, f"{rate:g}", *(f"{m[c][i]:.3g}" for c in columns)])
         rows[-1].append(f"{m['order_in_step_size']:.2f}")
     header = ["σ", "lr", "final loss", "ΔQ̃ at end", "ΔQ̃ at equal time", "control at equal time", "order in lr"]
-    return cli.table(header, [row + [""] * (len(header) - len(row)) for row in rows])
+    return table(header, [row + [""] * (len(header) - len(row)) for row in rows])
 
 
 if __name__ == "__main__":
-    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report, judge)

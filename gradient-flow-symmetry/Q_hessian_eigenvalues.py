@@ -27,6 +27,20 @@ from conserved import (
 )
 
 from common import cli, plots
+from common.claims import Claim, Verdict, grade, listed, table
+from common.run import Outcome
+
+CLAIM = Claim(
+    order=150,
+    figure="Q and the Hessian (ICLR 2023, Figure 9)",
+    paper="ICLR 2023",
+    section="",
+    says="The sharpness of a minimum is related to Q.",
+    short="Q sets the sharpness of minima",
+    rule="holds if the largest Hessian eigenvalue is monotone in Q or in |Q|, over the published starts and along "
+    "one orbit, for every activation; in part: for some.",
+    dated="2026-11-22",
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ def experiment(run):
         }
 
     arrays, metrics = {}, {}
-    for activation, part in run.parts(train, s.activations).items():
+    for activation, part in run.parts(train, {name: name for name in s.activations})[0].items():
         arrays |= {f"{activation}_{name}": part[name] for name in ("Q", "eigenvalues")}
         metrics[activation] = {
             "Q_start": part["Q_start"],
@@ -88,7 +102,39 @@ def experiment(run):
             "largest_other": part["largest_other"],  # beyond the mn: zero at zero loss
             "control_loss_drift": np.abs(part["loss"][len(s.stds) :] - part["loss"][s.base]).max(),
         }
-    return cli.Outcome(metrics, arrays, seeds=[s.seed])
+    return Outcome(metrics, arrays, seeds=[s.seed])
+
+
+def judge(outcome):
+    s, details, ranges, ordered, along = outcome.settings, [], [], [], []
+    for name, v in outcome.metrics.items():
+        starts, orbit = range(len(s.stds)), [s.base, *range(len(s.stds), len(v["Q"]))]
+        for chosen, names in ((starts, ordered), (orbit, along)):
+            names += [name] if monotone([v["Q"][i] for i in chosen], [v["largest"][i] for i in chosen]) else []
+        largest = [v["largest"][i] for i in sorted(starts, key=lambda i: v["Q"][i])]
+        ranges.append(f"{name} {', '.join(f'{e:.3g}' for e in largest)}")
+        eigenvalues = ", ".join(f"{e:.3g}" for e in v["largest"])
+        values = ", ".join(f"{q:.4g}" for q in v["Q"])
+        details.append(
+            f"{name}: largest eigenvalues {eigenvalues} at minima with Q = {values} (the last {len(orbit) - 1}: "
+            f"moved along "
+            f"the orbit of number {s.base + 1})."
+        )
+    n = len(outcome.metrics)
+    return Verdict(
+        grade(len(ordered) == len(along) == n, ordered or along),
+        f"over the published starts for {listed(ordered)}, along one orbit for {listed(along)}",
+        "Largest Hessian eigenvalue from the smallest to the largest Q over the published starts: "
+        + "; ".join(ranges)
+        + ".",
+        details,
+    )
+
+
+def monotone(Q, values):
+    """Do the values rise or fall with Q, or with |Q|?"""
+    sequences = ([values[i] for i in sorted(range(len(Q)), key=key)] for key in (lambda i: Q[i], lambda i: abs(Q[i])))
+    return any(q in (sorted(values), sorted(values, reverse=True)) for q in sequences)
 
 
 def plot(outcome, s, save):
@@ -120,8 +166,8 @@ def report(outcome, s):
             rows.append([f"{activation}, {name}", *(f"{x:.4g}" for x in columns)])
     drift = max(outcome.metrics[activation]["control_loss_drift"] for activation in s.activations)
     header = ["σ, minimum", "Q", "loss", "median eigenvalue", "largest", "trace"]
-    return cli.table(header, rows) + f"\nmoving along the orbit changed the loss by at most {drift:.1e}"
+    return table(header, rows) + f"\nmoving along the orbit changed the loss by at most {drift:.1e}"
 
 
 if __name__ == "__main__":
-    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report, judge)

@@ -43,6 +43,23 @@ from symmetry_ensemble import (
 )
 
 from common import cli, plots
+from common.claims import Claim, Verdict, grade, table
+from common.run import Outcome
+from common.statistics import difference, verdict
+
+CLAIM = Claim(
+    order=170,
+    figure="Attacks (ICLR 2023, Figure 11)",
+    paper="ICLR 2023",
+    section="",
+    says="Ensembles of a network moved along a symmetry are more robust to certain adversarial attacks.",
+    short="ensembles resist attacks",
+    rule="holds if they are more accurate than the base model under the strongest FGSM and PGD when the attacks on "
+    "either model must fail, and at most a point less without attack; in part: at a greater cost, or through "
+    "the ensemble's own gradients only.",
+    dated="2026-11-22",
+    headline=True,
+)
 
 
 @dataclass(frozen=True)
@@ -75,23 +92,20 @@ ATTACKS = ("FGSM", "PGD")
 def experiment(run):
     s = run.settings
     seeds = list(range(s.seeds))
-    parts = run.parts(lambda key: measure(run, int(key.removeprefix("seed"))), [f"seed{seed}" for seed in seeds])
+    parts, seconds = run.parts(lambda seed: measure(run, seed), {f"seed{seed}": seed for seed in seeds})
     arrays = {name: np.stack([part[name] for part in parts.values()]) for name in parts["seed0"]}
-    metrics = {
-        f"accuracy under {attack}, attacked: {attacked}": {
-            model: {
-                f"{strength:g}": {"mean": values.mean(), "std": values.std(ddof=1) if len(values) > 1 else 0.0}
-                for strength, values in zip(strengths(attack, s), arrays[attack][:, i, m].T)
-            }
-            for m, model in enumerate(MODELS)
-        }
-        for attack in ATTACKS
-        for i, attacked in enumerate(ATTACKED)
-    }
+    metrics = {}  # accuracies
     for attack in ATTACKS:
-        alone = dict(zip(MODELS, arrays[f"{attack}_alone"].mean(0)))
-        metrics[f"accuracy after the published clipping (and noise), no attack: {attack}"] = alone
-    return cli.Outcome(metrics, arrays, seeds, {"seconds of each seed": [run.seconds(key) for key in parts]})
+        for i, attacked in enumerate(ATTACKED):
+            metrics[f"{attack}/{attacked.replace(' ', '_')}"] = {
+                model: {
+                    f"{strength:g}": {"mean": values.mean(), "std": values.std(ddof=1) if len(values) > 1 else 0.0}
+                    for strength, values in zip(strengths(attack, s), arrays[attack][:, i, m].T)
+                }
+                for m, model in enumerate(MODELS)
+            }
+        metrics[f"{attack}/clipped"] = dict(zip(MODELS, arrays[f"{attack}_alone"].mean(0)))  # and noise, no attack
+    return Outcome(metrics, arrays, seeds, {"seconds": list(seconds.values())})
 
 
 def strengths(attack, s):
@@ -177,6 +191,55 @@ TITLES = {
 LABELS = dict(zip(MODELS, ("original", "group", "interpolated permutation", "$g^{-1}$", "random", "shuffled π")))
 
 
+def judge(outcome):
+    def accuracy(attack, by, model, strength=-1):
+        """Of every seed; strength 0: without attack."""
+        return outcome.arrays[attack][:, ATTACKED.index(by), MODELS.index(model), strength]
+
+    def gain(attack, by):
+        return difference(accuracy(attack, by, "group"), accuracy(attack, by, "original"))
+
+    robust = {
+        by: [verdict(gain(attack, by), smaller_is_better=False) == "better" for attack in ("FGSM", "PGD")]
+        for by in ("itself", "either")
+    }
+
+    def percent(*where):
+        return f"{100 * accuracy(*where).mean():.1f}"
+
+    sentence = (
+        f"Accuracy under the strongest FGSM ({outcome.label}): {percent('FGSM', 'itself', 'group')} % when "
+        f"attacked through the "
+        f"ensemble's own gradients, {percent('FGSM', 'either', 'group')} % when the base model's attack counts "
+        f"too, against "
+        f"the base model's {percent('FGSM', 'either', 'original')} %; without attack "
+        f"{percent('FGSM', 'either', 'group', 0)} "
+        f"against {percent('FGSM', 'either', 'original', 0)} %."
+    )
+    details = []
+    for attack in ("FGSM", "PGD"):
+        strength = f"{strengths(attack, outcome.settings)[-1]:g}"
+        for by in ("base model", "itself", "either"):
+            cells = ", ".join(
+                f"{model} {percent(attack, by, model, 0)} → {percent(attack, by, model)} %"
+                for model in ("original", "group")
+            )
+            more = ", ".join(f"{100 * v:+.1f}" for v in gain(attack, by))
+            details.append(
+                f"{attack} up to {strength} on {by}: {cells}; difference (mean, 95 % from, to) {more} points."
+            )
+    loss = 100 * float(np.mean(accuracy("FGSM", "either", "original", 0) - accuracy("FGSM", "either", "group", 0)))
+    limits = f"at a cost of {loss:.1f} points without attack"
+    if not all(robust["either"]):
+        limits = "through their own gradients only" if any(robust["itself"]) else "under neither attack"
+    return Verdict(
+        grade(all(robust["either"]) and loss <= 1, all(robust["either"]) or any(robust["itself"])),
+        limits,
+        sentence,
+        details,
+    )
+
+
 def plot(outcome, settings, save):
     figure, axes = plots.panels(len(ATTACKS), len(ATTACKED), width=3.3, height=2.8, sharey=True, sharex="row")
     for attack, row in zip(ATTACKS, axes):
@@ -208,10 +271,10 @@ def report(outcome, s):
     rows.insert(0, ["none", "", *(f"{a:.1f}" for a in clean)])
     alone = 100 * outcome.arrays["FGSM_alone"].mean(0)
     rows.insert(1, ["none, clipped", "published", *(f"{a:.1f}" for a in alone)])
-    return f"{outcome.label}: accuracy in per cent, mean over {s.seeds} seed(s)\n\n" + cli.table(
+    return f"{outcome.label}: accuracy in per cent, mean over {s.seeds} seed(s)\n\n" + table(
         ["attack", "attacked", *MODELS], rows
     )
 
 
 if __name__ == "__main__":
-    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report, judge)

@@ -44,6 +44,22 @@ from symmetry_ensemble import (
 )
 
 from common import cli, plots
+from common.claims import Claim, Verdict, grade, listed, table
+from common.run import Outcome
+
+CLAIM = Claim(
+    order=160,
+    figure="Ensembles (ICLR 2023, Figure 10)",
+    paper="ICLR 2023",
+    section="",
+    says="A nonlinear, data-dependent symmetry turns a trained network into others that perform similarly on new "
+    "samples, so that ensembles need no training.",
+    short="moved networks perform alike",
+    rule="holds if the vote's accuracy is at most one point below the network's at every size ε of the moves, and "
+    "that of controls (π from random matrices, inverted, shuffled) is not; in part: at some ε, controls or "
+    "not.",
+    dated="2026-11-22",
+)
 
 
 @dataclass(frozen=True)
@@ -72,28 +88,28 @@ FORMS = ("paper", "minimal change")  # of π; they differ for fewer samples than
 def experiment(run):
     s = run.settings
     seeds = list(range(s.seeds))
-    parts = run.parts(lambda key: measure(run, int(key.removeprefix("seed"))), [f"seed{seed}" for seed in seeds])
+    parts, seconds = run.parts(lambda seed: measure(run, seed), {f"seed{seed}": seed for seed in seeds})
     arrays = {name: np.stack([part[name] for part in parts.values()]) for name in parts["seed0"]}
     difference = 100 * (arrays["accuracy"][..., -1] - arrays["original"][:, None, None])
     metrics = {
-        "original: accuracy": mean_std(arrays["original"]),
-        f"accuracy of {s.elements[-1]} votes minus original, per cent": over_arms_and_epsilons(difference, s),
-        "accuracy of one member": over_arms_and_epsilons(arrays["single"], s),
-        "relative change of the logits on the batch that defined π (group, largest)": {
+        "original_accuracy": mean_std(arrays["original"]),
+        "accuracy_minus_original": over_arms_and_epsilons(difference, s),
+        "single_accuracy": over_arms_and_epsilons(arrays["single"], s),
+        "change_on_batch": {  # of the logits, relative, on the batch that defined π: group, largest
             f"{epsilon:g}": arrays["change_on_batch"][:, ARMS.index("group"), i].max()
             for i, epsilon in enumerate(s.epsilons)
         },
-        "relative change of the logits on new samples (median)": {
+        "change_on_new": {  # on new samples: median
             arm: {f"{e:g}": float(np.median(arrays["change_on_new"][:, a, i])) for i, e in enumerate(s.epsilons)}
             for a, arm in enumerate(ARMS)
         },
-        f"relative change on new samples at ε = {s.size_epsilon:g}, by size of the batch (median)": {
+        "change_on_new_by_size": {  # at ε = size_epsilon, by size of the batch: median
             form: {str(n): float(np.median(arrays["size_change_on_new"][:, f, i])) for i, n in enumerate(s.sizes)}
             for f, form in enumerate(FORMS)
         },
     }
-    timings = {"seconds of each seed": [run.seconds(key) for key in parts]}
-    return cli.Outcome(metrics, arrays, seeds, timings)
+    timings = {"seconds": list(seconds.values())}
+    return Outcome(metrics, arrays, seeds, timings)
 
 
 def measure(run, seed):
@@ -172,6 +188,28 @@ def over_arms_and_epsilons(values, s):
 TITLES = dict(zip(ARMS, ("group", "interpolated permutation", "$g^{-1}$", "random", "shuffled π")))
 
 
+def judge(outcome):
+    gains, on_batch = outcome.metrics["accuracy_minus_original"], outcome.metrics["change_on_batch"]
+    base = outcome.metrics["original_accuracy"]
+    similar = {arm: [e for e, v in by_epsilon.items() if v["mean"] >= -1] for arm, by_epsilon in gains.items()}
+    alone = [e for e in similar["group"] if not any(e in similar[arm] for arm in ("inverse", "random", "shuffled"))]
+    _, best = max(gains["group"].items(), key=lambda item: item[1]["mean"])
+    exact = max(change for epsilon, change in on_batch.items() if float(epsilon) <= 1)
+    sentence = (
+        f"Accuracy of the vote within a point of the network's {100 * base['mean']:.1f} % ({outcome.label}): at ε = "
+        f"{listed(similar['group'])}, with random matrices at ε = {listed(similar['random'])}; it gains at most "
+        f"{best['mean']:+.2f} points. On the batch that defined π the logits change by at most {exact:.0e} (ε ≤ 1)."
+    )
+    details = []
+    for arm, by_epsilon in gains.items():
+        cells = ", ".join(f"{v['mean']:+.1f} ± {v['std']:.1f} at ε = {e}" for e, v in by_epsilon.items())
+        details.append(f"{arm}, accuracy minus the original's, points: {cells}.")
+    everywhere = len(similar["group"]) == len(alone) == len(gains["group"])
+    controls = "more than a control at " + listed(alone) if alone else "no more than controls"
+    limits = f"for moves of ε = {listed(similar['group'])}; {controls}"
+    return Verdict(grade(everywhere, similar["group"]), limits, sentence, details)
+
+
 def plot(outcome, settings, save):
     save(plot_differences(outcome, settings))
     save(plot_change(outcome, settings), "change")
@@ -243,9 +281,9 @@ def report(outcome, s):
     return (
         f"{outcome.label}: accuracy {100 * a['original'].mean():.1f} % (mean over {s.seeds} seed(s)); vote of {count} "
         f"elements minus that, in per cent.\nThe group's relative change of the logits on the batch that defined π "
-        f"(largest) and on new samples (median):\n\n" + cli.table(["ε", *ARMS, "own batch", "new samples"], rows)
+        f"(largest) and on new samples (median):\n\n" + table(["ε", *ARMS, "own batch", "new samples"], rows)
     )
 
 
 if __name__ == "__main__":
-    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report, judge)

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import so2
 
 from common import cli
+from common.claims import Claim
 
 BOOTH = so2.TestFunction(
     loss=lambda x, y: (x + 2 * y - 7) ** 2 + (2 * x + y - 5) ** 2,
@@ -25,11 +26,23 @@ BOOTH = so2.TestFunction(
     window=((-10, 10), (-10, 10)),
     floor=1e-5,
 )
+CLAIM = Claim(
+    order=60,
+    figure="Booth (NeurIPS 2022)",
+    paper="NeurIPS 2022",
+    section="",
+    says="Teleporting accelerates gradient descent.",
+    short="teleporting accelerates (Booth)",
+    rule="holds if the published teleport's median final loss is at most a tenth of plain gradient descent's and "
+    "of that after random angles; in part: of the former only.",
+    dated="2026-11-22",
+)
+
 PAPER = so2.Settings(start=(5.0, -5.0), steps=10, teleports=(4,), lr=0.08, lr_theta=1e-3, adagrad_lr=3.0)
 PRESETS = {"tiny": replace(PAPER, seeds=2), "quick": PAPER, "paper": PAPER}
 experiment, plot = partial(so2.experiment, function=BOOTH), partial(so2.plot, function=BOOTH)
 
-report = so2.report
+judge, report = so2.judge, so2.report
 
 if __name__ == "__main__":
-    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report, judge)

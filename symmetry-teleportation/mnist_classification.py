@@ -26,10 +26,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, plots
-from common.cli import Outcome
+from common.claims import Claim, Verdict, grade, interval, listed, table
 from common.data import published_split
 from common.mlp import StackedMLP, batch_loss, initial_weights, published_seeds
 from common.published import teleport_postactivation
+from common.run import Outcome
 from common.statistics import difference, mean_std, verdict
 from teleport import (
     Teleportation,
@@ -38,6 +39,18 @@ from teleport import (
     rescaling_action,
     squared_gradient_norm,
     teleport,
+)
+
+CLAIM = Claim(
+    order=90,
+    figure="MNIST classification (NeurIPS 2022)",
+    paper="NeurIPS 2022",
+    section="",
+    says="Teleports in the first epochs accelerate SGD and AdaGrad.",
+    short="teleporting accelerates classification",
+    rule="holds if exact teleports lower the final training loss of every network and optimizer, and more than a "
+    "threefold learning rate does; in part: lower it for some.",
+    dated="2026-11-22",
 )
 
 ARMS = ("plain", "lr x3", "published", "exact", "rescaling")
@@ -72,7 +85,7 @@ def experiment(run):
     s, data = run.settings, published_split(run.data())
     seeds = published_seeds(s.seeds)
     keys = [f"{network}_{optimizer}" for network in s.networks for optimizer in OPTIMIZERS]
-    parts = run.parts(lambda key: train(run, *key.split("_"), seeds, data), keys)
+    parts, _ = run.parts(lambda key: train(run, *key.split("_"), seeds, data), {key: key for key in keys})
     arrays = {f"{key}/{k}": v for key, part in parts.items() for k, v in part.items() if k != "seconds"}
     timings = {key: dict(zip(ARMS, part["seconds"].tolist())) for key, part in parts.items()}
     return Outcome({key: compare(s, part) for key, part in parts.items()}, arrays, seeds, timings)
@@ -183,6 +196,34 @@ def compare(s, part):
     return metrics
 
 
+def judge(*outcomes):
+    details, better, beyond, exact = [], [], [], []
+    for r in outcomes:
+        for network, m in r.metrics.items():
+            change = {arm: m[arm]["train_loss_minus_plain"] for arm in m if arm != "plain"}
+            name = network.replace("_", " ")
+            faster = difference(m["exact"]["final_train_loss"], m["lr x3"]["final_train_loss"])
+            better += [name] if verdict(change["exact"]) == "better" else []
+            beyond += [name] if verdict(faster) == "better" else []
+            exact.append(f"{name} {change['exact'][0]:+.3f} (learning rate ×3: {change['lr x3'][0]:+.3f})")
+            cells = ", ".join(f"{arm} {interval(v)} ({verdict(v)})" for arm, v in change.items())
+            drift = ", ".join(
+                f"{a} {m[a]['largest_relative_drift']:.0e} ({np.abs(m[a]['whole_loss_drift']).max():.0e})"
+                for a in ("published", "exact", "rescaling")
+            )
+            details.append(
+                f"{r.label}, {name}, final training loss minus plain: {cells}. Drift on the teleport's batch "
+                f"(the whole "
+                f"training set): {drift}."
+            )
+    return Verdict(
+        grade(len(better) == len(beyond) == len(exact), better),
+        f"{listed(better)} only, and less than a threefold learning rate does" if better else "nowhere",
+        f"Final training loss with exact teleports minus without: {', '.join(exact)}.",
+        details,
+    )
+
+
 def plot(outcome, s, save):
     for x_axis in ("epoch", "seconds"):
         figure, axes = plots.panels(1, len(outcome.metrics), width=3.5, height=3.3)
@@ -229,15 +270,14 @@ def report(outcome, s):
                 whole = np.abs(m["whole_loss_drift"]).max()
                 teleported = [f"×{np.mean(m['growth']):.1f}", f"{m['largest_relative_drift']:.0e}", f"{whole:.0e}"]
             if a:
-                interval = tuple(np.nan if v is None else v for v in m["train_loss_minus_plain"])
-                against = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*interval), verdict(interval)]
+                against = [interval(m["train_loss_minus_plain"]), verdict(m["train_loss_minus_plain"])]
             accuracy = f"{100 * np.mean(m['final_test_accuracy']):.1f} %"
             seconds = f"{outcome.timings[key][arm][-1]:.2f}"
             name = f"{key.replace('_', ', ')}, {arm}"
             rows.append([name, *teleported, mean_std(m["final_train_loss"]), *against, accuracy, seconds])
     header = ["", "‖∂L/∂W‖²", "drift, batch", "training set", f"training loss, epoch {s.epochs}", "minus plain [95 %]"]
-    return cli.table([*header, "", "test accuracy", "s a run"], rows)
+    return table([*header, "", "test accuracy", "s a run"], rows)
 
 
 if __name__ == "__main__":
-    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report, judge)

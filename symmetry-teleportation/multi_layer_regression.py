@@ -30,10 +30,24 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, plots
-from common.cli import Outcome
+from common.claims import Claim, Verdict, grade, interval, table
 from common.published import teleport_postactivation
-from common.statistics import difference, mean_std
+from common.run import Outcome
+from common.statistics import difference, mean_std, verdict
 from teleport import leaky_relu, postactivation_action, squared_gradient_norm, teleport
+
+CLAIM = Claim(
+    order=80,
+    figure="Regression (NeurIPS 2022)",
+    paper="NeurIPS 2022",
+    section="",
+    says="One teleport at epoch 5 accelerates gradient descent and AdaGrad.",
+    short="one teleport accelerates regression",
+    rule="holds if an exact teleport saves both of them epochs, and lowers their final loss when each arm has its "
+    "best learning rate; in part: some epochs. Epochs: until the loss that the plain optimizer reaches later.",
+    dated="2026-11-22",
+    headline=True,
+)
 
 ARMS = ("plain", "published", "drift only", "exact", "exact, brief")
 ACTIVATION = leaky_relu(0.1)
@@ -85,7 +99,8 @@ def experiment(run):
             return train_growths(s, optimizer, W, X, Y)
         return train_arms(s, optimizer, W, X, Y, s.factors if kind == "rates" else (1,))
 
-    parts = run.parts(part, [f"{o}_{kind}" for o in OPTIMIZERS for kind in ("arms", "rates", "growths")])
+    keys = [f"{o}_{kind}" for o in OPTIMIZERS for kind in ("arms", "rates", "growths")]
+    parts, _ = run.parts(part, {key: key for key in keys})
     arrays = {f"{key}/{k}": v for key, values in parts.items() for k, v in values.items() if k != "seconds"}
     timings = {o: dict(zip(ARMS, parts[f"{o}_arms"]["seconds"].tolist())) for o in OPTIMIZERS}
     return Outcome({o: compare(s, o, arrays) for o in OPTIMIZERS}, arrays, seeds, timings)
@@ -246,6 +261,40 @@ def compare(s, optimizer, arrays):
     return metrics
 
 
+def judge(outcome):
+    metrics, arrays, factors = outcome.metrics, outcome.arrays, outcome.settings.factors
+    saves, gains, details, best = [], [], [], []
+    for optimizer, m in metrics.items():
+        arms = [arm for arm, v in m.items() if isinstance(v, dict)]
+        rate = {arm: int(np.nanargmin(m[arm]["final_loss_by_factor"])) for arm in ("plain", "exact")}
+        final = dict(zip(arms, arrays[f"{optimizer}_rates/loss"][..., -1]))  # arm: (factors, runs)
+        gain = difference(final["exact"][rate["exact"]], final["plain"][rate["plain"]])
+        saves.append(m["exact"]["epochs_saved"][1] > 0)
+        gains.append(verdict(gain) == "better")
+        best.append(
+            f"{optimizer} {interval(gain, 3)} (×{factors[rate['exact']]:g} against ×{factors[rate['plain']]:g})"
+        )
+        arms.remove("plain")
+        saved = ", ".join(f"{arm} {interval(m[arm]['epochs_saved'], 0)}" for arm in arms)
+        drift = ", ".join(f"{arm} {m[arm]['largest_relative_drift']:.0e}" for arm in arms)
+        details.append(
+            f"{optimizer}, epochs saved until the loss of epoch {m['level_epoch']}: {saved}. Drift: {drift}."
+        )
+    m = metrics["GD"]
+    saved = {arm: m[arm]["epochs_saved"][0] for arm in ("published", "exact", "drift only")}
+    details.append(f"Final loss, exact minus plain, each at its best learning rate: {'; '.join(best)}.")
+    details.append(
+        f"The published teleport itself lowers gradient descent's loss by up to "
+        f"{m['published']['largest_relative_drift']:.0%}; that drop alone saves {saved['drift only']:.0f} epochs."
+    )
+    sentence = (
+        f"An exact teleport saves gradient descent {saved['exact']:.0f} of {m['level_epoch']} epochs; each at its best "
+        f"learning rate, the final loss changes by {'; '.join(best)}."
+    )
+    limits = "not at the best learning rate" if all(saves) else "no epochs saved by one of the two"
+    return Verdict(grade(all(saves) and all(gains), any(saves)), limits, sentence, details)
+
+
 def plot(outcome, s, save):
     save(plot_loss(outcome, s))
     save(plot_sweeps(outcome, s), "sweeps")
@@ -262,7 +311,7 @@ def plot_loss(outcome, s):
         top.axvline(s.teleport_epoch, color="0.7", linewidth=0.8, zorder=0)
         top.set(title=optimizer, xlabel="Epoch", yscale="log")
         for a, arm in enumerate(ARMS[1:], 1):
-            mean, low, high = (np.nan if v is None else v for v in metrics[arm]["epochs_saved"])
+            mean, low, high = metrics[arm]["epochs_saved"]
             spread = None if np.isnan(low) else [[mean - low], [high - mean]]
             look = dict(color=plots.COLORS[a], alpha=0.8, hatch=("", "", "//", "", "..")[a])
             bottom.barh(a, mean, xerr=spread, height=0.7, error_kw=dict(capsize=2, linewidth=1), **look)
@@ -334,11 +383,10 @@ def report(outcome, s):
     for optimizer in OPTIMIZERS:
         for arm in ARMS:
             m = outcome.metrics[optimizer][arm]
-            mean, low, high = m["epochs_saved"]
-            interval = f"{mean:.0f}" if low is None else f"{mean:.0f} [{low:.0f}, {high:.0f}]"
             share = m["share_of_published_saving"]
             norm = np.exp(np.log(m["squared_gradient_norm_after"]).mean())
-            cells = [f"{norm:.2g}", interval, "" if share is None else f"{share:.0%}", mean_std(m["final_loss"])]
+            cells = [f"{norm:.2g}", interval(m["epochs_saved"], 0), "" if np.isnan(share) else f"{share:.0%}"]
+            cells.append(mean_std(m["final_loss"]))
             rows.append([f"{optimizer}, {arm}", *cells])
             if arm != "plain":
                 moves = [f"{b:.4g} → {a:.4g}" for b, a in zip(m["loss_before"], m["loss_after"])]
@@ -346,9 +394,9 @@ def report(outcome, s):
     runs = [f"run {n + 1}" for n in range(s.seeds)]
     header = ["", "‖∂L/∂W‖² after", "epochs saved [95 %]", "of published", f"loss at epoch {s.epochs - 1}"]
     return (
-        cli.table(header, rows)
+        table(header, rows)
         + f"\n\nLoss before → after the teleport at epoch {s.teleport_epoch}:\n"
-        + cli.table(["", *runs, "largest relative"], drifts)
+        + table(["", *runs, "largest relative"], drifts)
         + "\n\n"
         + "\n".join(best_rate(outcome, s, optimizer) for optimizer in OPTIMIZERS)
     )
@@ -363,4 +411,4 @@ def best_rate(outcome, s, optimizer):
 
 
 if __name__ == "__main__":
-    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report, judge)

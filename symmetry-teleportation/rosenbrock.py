@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import so2
 
 from common import cli
+from common.claims import Claim
 
 ROSENBROCK = so2.TestFunction(
     loss=lambda x, y: 100 * (x**2 - y) ** 2 + (x - 1) ** 2,
@@ -25,13 +26,25 @@ ROSENBROCK = so2.TestFunction(
     window=((-2, 2), (-2, 4)),
     floor=1e-20,
 )
+CLAIM = Claim(
+    order=70,
+    figure="Rosenbrock (NeurIPS 2022)",
+    paper="NeurIPS 2022",
+    section="",
+    says="Teleporting accelerates gradient descent.",
+    short="teleporting accelerates (Rosenbrock)",
+    rule="holds if the published teleport's median final loss is at most a tenth of plain gradient descent's and "
+    "of that after random angles; in part: of the former only.",
+    dated="2026-11-22",
+)
+
 PAPER = so2.Settings(
     start=(-1.0, -1.0), steps=1000, teleports=tuple(range(99, 1000, 100)), lr=1e-3, lr_theta=0.1, adagrad_lr=3.0
 )
 PRESETS = {"tiny": replace(PAPER, steps=250, teleports=(99, 199), seeds=2), "quick": PAPER, "paper": PAPER}
 experiment, plot = partial(so2.experiment, function=ROSENBROCK), partial(so2.plot, function=ROSENBROCK)
 
-report = so2.report
+judge, report = so2.judge, so2.report
 
 if __name__ == "__main__":
-    cli.main(__file__, __doc__, PRESETS, experiment, plot, report)
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report, judge)

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import cli, plots
+from common import plots
+from common.claims import Verdict, grade, median, table
+from common.run import Outcome
 
 
 class TestFunction(NamedTuple):
@@ -209,7 +211,7 @@ def experiment(run, function):
         result = measure(function, iterates.movedim(1, 0), departures.movedim(1, 0), when)
         metrics[name] = summary(result)
         arrays |= {f"{name}_{key}": value for key, value in result.items()}
-    return cli.Outcome(metrics, arrays, seeds)
+    return Outcome(metrics, arrays, seeds)
 
 
 def measure(function, iterates, departures, when):
@@ -248,6 +250,25 @@ def summary(result):
             "degrees_from_newton": result["degrees_from_newton"][settled].max(),
         }
     return metrics
+
+
+def judge(outcome):
+    m = outcome.metrics
+    final = {arm: median(m[arm]["final_loss"]) for arm in m}
+    names = {"gd": "gradient descent", "gd_random": "random angles", "gd_published": "the published ascent"}
+    names |= {"gd_maximum": "the orbit's maximum", "newton": "Newton's method"}
+    drift = max(m[arm].get("largest_relative_drift", 0) for arm in m)
+    faster = {arm: final["gd_published"] <= final[arm] / 10 for arm in ("gd", "gd_random")}
+    return Verdict(
+        grade(all(faster.values()), faster["gd"]),
+        "random angles do as well as the published ascent" if faster["gd"] else "no faster",
+        "Final loss, median over starting angles: " + ", ".join(f"{names[a]} {final[a]:.2g}" for a in names) + ".",
+        [
+            f"Share of the largest dL/dt that a teleport reaches: published {m['gd_published']['speed_share']:.0%}, "
+            f"random angle {m['gd_random']['speed_share']:.0%}. At the maximum the gradient is within "
+            f"{m['gd_maximum']['degrees_from_newton']:.0e} degrees of Newton's direction. Largest drift {drift:.0e}."
+        ],
+    )
 
 
 def plot(outcome, settings, save, function):
@@ -317,7 +338,7 @@ def report(outcome, settings):
     for name, label in ARMS.items():
         m = outcome.metrics[name]
         loss = m["final_loss"]
-        reached = [t for t in m["steps_to_loss_below_1e-3"] if t is not None]
+        reached = [t for t in m["steps_to_loss_below_1e-3"] if not np.isnan(t)]
         seeds = f" ({len(reached)}/{len(loss)})" if len(loss) > 1 else ""
         row = [label, f"{np.median(loss):.1e}", f"{min(loss):.0e} … {max(loss):.0e}" if len(loss) > 1 else ""]
         row += [(f"{np.median(reached):.0f}" if reached else "-") + seeds]
@@ -332,4 +353,4 @@ def report(outcome, settings):
         "its maximum over the orbit that a teleport reaches; in GD + orbit maximum this raises dL/dt by a factor of\n"
         f"{gain:.4g} (median). Newton: largest angle between gradient and Newton direction after a teleport (degrees)."
     )
-    return cli.table(header, rows) + "\n\n" + notes
+    return table(header, rows) + "\n\n" + notes

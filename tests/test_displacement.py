@@ -162,7 +162,7 @@ def test_method_option(tmp_path, capsys):
 
     def main(*options):
         argv = ["--preset", "tiny", "--quiet", "--output", str(tmp_path), *options]
-        functions = (script.experiment, lambda *_: None, script.report)
+        functions = (script.experiment, lambda *_: None, script.report, script.judge)
         cli.main(script.__file__, script.__doc__, script.PRESETS, *functions, {"method": script.METHODS}, argv)
 
     for method in ((), ("--method", "shapely"), ("--method", "closed-form")):  # the last finds the first's results

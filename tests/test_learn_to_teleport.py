@@ -356,14 +356,14 @@ KILLED = """
 import os, signal, runpy, sys
 from pathlib import Path
 sys.path.insert(0, {folder!r}); sys.path.insert(0, {root!r})
-from common import cli
-save, count = cli.Run.save_checkpoint, []
+from common.run import Run
+save, count = Run.save_checkpoint, []
 def save_and_die(self, key, arrays):
     save(self, key, arrays)
     count.append(1)
     if len(count) == {at}:
         os.kill(os.getpid(), signal.SIGKILL)
-cli.Run.save_checkpoint = save_and_die
+Run.save_checkpoint = save_and_die
 sys.argv = [{script!r}, "--preset", "tiny", "--output", {output!r}]
 runpy.run_path({script!r}, run_name="__main__")
 """
@@ -389,7 +389,7 @@ def test_script_killed_in_meta_training_continues_with_the_same_results(tiny, tm
 
 def test_script_reports_divergence_in_one_line(script, tmp_path, capsys):
     wild = {"quick": replace(script.PRESETS["tiny"], updater_rate=1e20, save_every=1)}
-    arguments = (wild, script.experiment, script.plot, script.report)
+    arguments = (wild, script.experiment, script.plot, script.report, script.judge)
     with pytest.raises(SystemExit) as stop:
         options = ["--output", str(tmp_path), "--quiet"]
         script.cli.main(str(SCRIPT), "", *arguments, name="learn_to_teleport", argv=options)

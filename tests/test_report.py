@@ -10,6 +10,8 @@ from conftest import ROOT, SCRIPTS
 
 import report
 
+SECTIONS = report.sections()
+
 
 def test_reproduction_and_readme_are_what_results_say():
     check = subprocess.run([sys.executable, "report.py", "--check"], cwd=ROOT, capture_output=True, text=True)
@@ -18,9 +20,9 @@ def test_reproduction_and_readme_are_what_results_say():
 
 def judged(script):
     """The section of a script, its results, and its verdict in a word after they have been tampered with."""
-    section = next(s for s in report.SECTIONS if s.script == script)
+    section = next(s for s in SECTIONS if s.script == script)
     results = report.load(section)
-    return results, lambda: section.judge(results).word
+    return [r.outcome for r in results], lambda: section.judge(results).word
 
 
 def test_verdict_on_figures_5_and_13():
@@ -97,12 +99,12 @@ def leaves(value, path=()):
     return [path] if isinstance(value, int | float) else []
 
 
-@pytest.mark.parametrize("section", report.SECTIONS, ids=lambda s: s.script)
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.script)
 def test_a_missing_number_never_stops_the_report(section):
     """null in a results file: a run that diverged, the interval of one seed."""
     results = report.load(section)
     assert results
-    for r in results:
+    for r in [r.outcome for r in results]:
         paths = leaves(r.metrics)
         for path in paths[:: max(1, len(paths) // 200)]:
             *outer, last = path
@@ -128,7 +130,7 @@ def test_a_report_on_results_of_ones_own(tmp_path):
     assert run().returncode == 0
     text = (tmp_path / "REPRODUCTION.md").read_text()
     assert "## Booth" in text and "![booth_convergence](figures/booth_convergence.png)" in text
-    assert text.count("Not yet run") == len(report.SECTIONS) - 1
+    assert text.count("Not yet run") == len(SECTIONS) - 1
     assert (ROOT / "README.md").read_text() == before
 
 

@@ -1,0 +1,113 @@
+"""What a paper claims, the rule that judges it, the verdict, and the words in which they are said.
+
+A script states its CLAIM, the PUBLISHED numbers at hand and `judge(outcome, …) -> Verdict` beside its experiment; the
+command line ends with the verdict, and report.py writes REPRODUCTION.md and the README's tables from all of them.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+HOLDS, IN_PART, FAILS, UNDECIDED = "holds", "holds in part", "does not hold", "undecided"  # a claim's verdicts
+REPRODUCED, NOT_REPRODUCED, NONE_AT_HAND = "reproduced", "not reproduced", "no published number at hand"
+
+
+class Claim(NamedTuple):
+    """What a paper says, in our words, and when it holds."""
+
+    order: int  # its place in the report
+    figure: str  # "Figures 5 and 13"
+    paper: str  # "ICLR 2024"
+    section: str  # of the paper; "" where no source confirms one
+    says: str  # one sentence
+    short: str  # the same in a few words, for the README
+    rule: str  # "holds if …; in part: …"
+    dated: str  # when the rule was written, ISO
+    headline: bool = False  # among the README's findings
+    source: str = "The paper"  # whose claim it is
+
+
+class Published(NamedTuple):
+    """A published number beside ours."""
+
+    what: str
+    published: float | str
+    ours: float | str
+    source: str
+    setting: str = ""  # what differs in ours
+    agrees: bool | None = None  # None: it cannot be compared
+
+
+class Verdict(NamedTuple):
+    """Two answers: does the claim survive its controls, and did the published numbers come out again?"""
+
+    word: str  # holds, holds in part, does not hold, undecided
+    limits: str  # why not more than in part
+    sentence: str  # the numbers that decided
+    details: Sequence[str] = ()  # more numbers, for REPRODUCTION.md
+    number: str = ""  # the one number that decides, for the README
+    published: Sequence[Published] = ()
+    surprise: str = ""  # what nobody expected, with its number
+
+    def __str__(self) -> str:
+        return self.word if self.word == HOLDS or not self.limits else f"{self.word}: {self.limits}"
+
+    def again(self) -> str:
+        """Did it come out again? In the words of the protocol."""
+        compared = [row.agrees for row in self.published if row.agrees is not None]
+        return (REPRODUCED if all(compared) else NOT_REPRODUCED) if compared else NONE_AT_HAND
+
+
+def grade(everything: object, something: object) -> str:
+    """The word of a claim of which everything, something or nothing holds."""
+    return HOLDS if everything else IN_PART if something else FAILS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def table(header: Sequence, rows: Iterable[Sequence]) -> str:
+    """A plain text table: first column left, the others right."""
+    cells = [[str(c) for c in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def interval(triple: Sequence[float], digits: int = 4) -> str:
+    """A difference (mean, low, high) as text; NaN: it diverged, NaN bounds: one seed."""
+    middle, low, high = triple
+    if math.isnan(middle):
+        return "diverged"
+    return f"{middle:+.{digits}f}" + ("" if math.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]")
+
+
+def factor(triple: Sequence[float]) -> str:
+    """A ratio (mean, low, high) as text."""
+    middle, low, high = triple
+    if math.isnan(middle):
+        return "diverged"
+    return f"{middle:.3g}" + ("" if math.isnan(low) else f" [{low:.3g}, {high:.3g}]")
+
+
+def listed(names: Sequence[str], last: str = ", ") -> str:
+    """Names as text: a, b and c; "none" for none."""
+    return last.join(filter(None, (", ".join(names[:-1]), *names[-1:]))) or "none"
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of a list of numbers."""
+    return sum(values) / len(values)
+
+
+def median(values: Iterable[float]) -> float:
+    """The median of numbers, NaN last."""
+    values = sorted(values)
+    return (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
+
+
+def count(steps: float) -> str:
+    """A number of steps as text; NaN: not reached."""
+    return "not reached" if math.isnan(steps) else f"{steps:,.0f}"
