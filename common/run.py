@@ -200,7 +200,7 @@ def read(json_path: Path) -> tuple[dict, Outcome]:
     record = read_json(json_path)
     keys = {"configuration": dict, "dataset": dict, "seeds": list, "metrics": dict, "timings": dict}
     if not all(isinstance(record.get(key), kind) for key, kind in keys.items()):
-        raise UserError(f"{relative(json_path)} is damaged: run with --fresh to make it again")
+        raise UserError(f"{relative(json_path)} is corrupt: run with --fresh to make it again")
     npz_path = json_path.with_suffix(".npz")
     if not npz_path.exists():
         raise UserError(f"{relative(npz_path)} is missing beside its JSON: run with --fresh to make both again")
@@ -216,7 +216,7 @@ def read_json(path: Path) -> dict:
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        raise UserError(f"{relative(path)} is damaged: run with --fresh to make it again")
+        raise UserError(f"{relative(path)} is corrupt: run with --fresh to make it again")
     return record
 
 
@@ -226,7 +226,7 @@ def load_npz(path: Path) -> dict:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
     except Exception as error:  # zipfile, zlib and numpy each have their own
-        raise UserError(f"{relative(path)} is damaged ({error}): run with --fresh to make it again") from None
+        raise UserError(f"{relative(path)} is corrupt ({error}): run with --fresh to make it again") from None
 
 
 def _with_nan(value: Any) -> Any:
