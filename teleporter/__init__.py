@@ -1,0 +1,41 @@
+"""Teleport your own model: find its symmetries, move it along them in place, leave its function alone.
+
+    teleporter = Teleporter(model, optimizer=optimizer)
+    print(teleporter)                                   # what moves; what is left alone, and why
+    moved = teleporter.step(x, lambda output: F.cross_entropy(output, y))
+    moved.drift                                         # loss_after - loss_before: rounding
+
+A symmetry is a hidden space with parameters that write into it and parameters that read from it. An element M moves the
+writers by M and the readers by M^-T, so that what passes between them stays the same:
+
+    "rescale"     M = diag(s), s > 0: channels between layers that positively homogeneous operations join (ReLU, leaky
+                  ReLU, dropout, pooling, flattening, residual additions). Writers: Linear, Conv, ConvTranspose,
+                  Embedding, MultiheadAttention's output, the scale and shift of a normalization. Readers: Linear, Conv,
+                  ConvTranspose, MultiheadAttention's inputs. A residual stream is one space.
+    "attention"   M in GL(d_head), one per head: queries write and keys read, since q·k is preserved; values write and
+                  the output projection reads.
+
+Both are exact for every input, in training and in evaluation mode. A BatchNorm between two layers is no obstacle: its
+scale and shift are the writer, its statistics stay. What comes before a normalization is left alone: in training mode
+the loss does not depend on its scale (up to ε), so that moving it would only change its learning rate; in evaluation
+mode it could be traded against the scale and statistics of the BatchNorm, but that breaks when training goes on.
+
+    "preactivation", "postactivation"   g in GL(width) between two Linear (teleport.py). Data-dependent: exact on a
+                  batch no larger than the layer, a least-squares fit otherwise. Only on request, and on their own.
+
+Gradients move against the weights: where L is invariant, ∂L/∂W of a writer moves by M^-T, that of a reader by M. One
+gradient G therefore gives the gradient norm on the whole orbit, and its derivative at M = exp(T), T = 0,
+
+    ∂‖∂L/∂W‖²/∂T = 2 (Σ_readers G Gᵀ − Σ_writers G Gᵀ)    (its diagonal for a rescaling; rows of G: the space).
+
+It equals what a Hessian-vector product would give, 2 (Σ_writers HG Wᵀ − Σ_readers W (HG)ᵀ), which is what any other
+objective uses. The norm has no maximum on the orbit: `bound` makes one.
+
+`level_set_teleport` needs no symmetry (Mishkin, Bietti, Gower, AISTATS 2025, arXiv 2403.03362).
+"""
+
+from teleporter.level_set import level_set_teleport
+from teleporter.symmetry import Attention, Pair
+from teleporter.teleporter import Teleporter
+
+__all__ = ["Attention", "Pair", "Teleporter", "level_set_teleport"]

@@ -1,0 +1,319 @@
+"""Finding symmetries: follow the channels through the graph of the forward pass."""
+
+import re
+from collections import Counter
+from functools import partial, reduce
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from teleport import SIGMOID, TANH, leaky_relu
+from teleporter.layers import (
+    CONV,
+    CONV_TRANSPOSE,
+    HOMOGENEOUS,
+    NORM,
+    POOLING,
+    Channels,
+    Flow,
+    flattens,
+    mean_over,
+    reader,
+    rows,
+    split_dim,
+    writer,
+)
+from teleporter.symmetry import Attention, HiddenAction, Pair, Slot, Symmetry
+
+
+def attribute_of(module, path):
+    return reduce(lambda m, name: getattr(m, name, None), path.split("."), module)
+
+
+def _graphs(module, prefix=""):
+    """(prefix, graph) of the largest submodules that torch.fx can trace; torch's own layers are the leaves."""
+    children, graph = dict(module.named_children()), None
+    if type(module) is nn.Sequential or not type(module).__module__.startswith("torch.nn"):
+        attributes = set(vars(module))
+        try:
+            graph = fx.Tracer().trace(module)
+        except Exception:  # whatever the user's forward raises when it meets a proxy
+            pass
+        for name in set(vars(module)) - attributes:  # constants that tracing leaves behind
+            delattr(module, name)
+    if graph is not None:
+        yield prefix, graph
+        children = {n.target: module.get_submodule(n.target) for n in graph.nodes if n.op == "call_module"}
+    for name, child in children.items():
+        yield from _graphs(child, f"{prefix}{name}.")
+
+
+class Finder:
+    """Finds candidates, (symmetry, the modules it needs to itself, a reason against it or None), of three sorts."""
+
+    def __init__(self, model):
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.parameters = dict(model.named_parameters())
+        self.names = {id(p): name for name, p in self.parameters.items()}
+        self.uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+        self.calls = Counter()
+        self.spaces, self.heads, self.hidden = [], [], []  # rescalings, attention, data-dependent actions
+        for name, module in model.named_modules():
+            if type(module) is nn.MultiheadAttention:
+                self.heads += self.multihead(name, module)
+            elif type(module) in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):  # fx cannot trace these
+                if module.activation is F.relu or type(module.activation) is nn.ReLU:
+                    self.spaces.append(self.pair(Pair(f"{name}.linear1".lstrip("."), f"{name}.linear2".lstrip("."))))
+        for prefix, graph in _graphs(model):
+            self.follow(prefix, graph)
+
+    def module(self, name):
+        if name not in self.modules:
+            raise ValueError(f"the model has no module {name!r}")
+        return self.modules[name]
+
+    def slots(self, name, table, reads):
+        """Slots of [(attribute, view)]; a name that is no parameter's stands for a weight computed from others."""
+        found = [(attribute, view, attribute_of(self.modules[name], attribute)) for attribute, view in table]
+        return [Slot(self.names.get(id(p), f"{name}.{a}"), reads, view) for a, view, p in found if p is not None]
+
+    def obstacle(self, slots, modules=()):
+        """Why these slots of these modules cannot move; None if they can. Raises ValueError for half precision."""
+        for slot in slots:
+            parameter = self.parameters.get(slot.name)
+            if parameter is None:
+                return f"{slot.name} is computed from other parameters"
+            if not parameter.requires_grad:
+                return f"{slot.name} is frozen"
+            if self.uses[id(parameter)] > 1:
+                return f"{slot.name} is shared"
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"{slot.name} is {parameter.dtype}: use float32 parameters (autocast is fine)")
+        reused = [name for name in modules if self.calls[id(self.modules[name])] > 1]
+        return f"{reused[0]} is called more than once" if reused else None
+
+    # Rescaling
+
+    def write(self, name, flow):
+        channels = flow.channels
+        channels.writers.append(name)
+        module = self.module(name)
+        table = writer(module)
+        size = table[0][1](attribute_of(module, table[0][0])).shape[:2].numel()
+        if channels.size not in (None, size):
+            raise ValueError(f"{name} writes {size} channels, {channels.writers[0]} writes {channels.size}")
+        channels.size = size
+        channels.slots += self.slots(name, table, reads=False)
+
+    def read(self, name, flow, part=None):
+        channels, module = flow.channels, self.module(name)
+        channels.readers.append(name)
+        if channels.size is not None:  # otherwise blocked already
+            channels.slots += self.slots(name, reader(module, channels.size, flow, part), reads=True)
+
+    def pair(self, pair):
+        flow = Flow(Channels(), flat=True)
+        for names, note in zip(pair, (self.write, self.read)):
+            for name in [names] if isinstance(names, str) else names:
+                note(name, flow)
+        return flow.channels.candidate()
+
+    def follow(self, prefix, graph):
+        flows = {}
+        for node in graph.nodes:
+            flow = self.flow(prefix, node, flows)
+            if flow is not None:
+                flows[node] = flow
+            self.hidden += self.linear_pair(prefix, node)
+        channels = dict.fromkeys(flow.channels for flow in flows.values())
+        self.spaces += [c.candidate() for c in channels if c.writers]
+
+    def operation(self, prefix, node):
+        """Name, module (or None) and lower-case name of the operation of a node."""
+        if node.op == "call_module":
+            module = self.modules[prefix + node.target]
+            return prefix + node.target, module, type(module).__name__.lower()
+        if node.op == "call_function":
+            known = (node.target.__module__ or "").partition(".")[0] in ("torch", "_operator", "builtins")
+            return node.target.__name__, None, node.target.__name__.lower() if known else ""
+        return prefix + node.target if node.op == "get_attr" else node.target, None, node.target
+
+    def flow(self, prefix, node, flows):
+        """Note what a node reads and writes; return the tensor that comes out of it, None if it is not a tensor."""
+        name, module, op = self.operation(prefix, node)
+        kind, args = type(module), node.args
+        inputs = [flows[n] for n in node.all_input_nodes if n in flows]
+        flow = inputs[0] if inputs else None
+        self.calls[id(module)] += 1
+
+        def blocked(reason):
+            for flow in inputs:
+                flow.channels.block(reason)
+            return Flow(Channels(reason))
+
+        def noted(note, flow, *part):
+            try:
+                note(name, flow, *part)
+            except ValueError as error:
+                flow.channels.block(str(error))
+            return flow
+
+        if node.op == "placeholder":
+            return blocked("it is an input")
+        if node.op == "get_attr":
+            self.uses[id(attribute_of(self.modules[prefix.rstrip(".")], node.target))] += 1
+            return blocked(f"{name} is used outside its module")
+        if node.op == "output":
+            return blocked("it is the output of " + (prefix.rstrip(".") or "the model"))
+        if not inputs or op in ("size", "dim") or op == "getattr" and args[1] in ("shape", "ndim", "dtype", "device"):
+            return None
+
+        if kind is nn.Linear or kind is nn.Embedding:
+            if kind is nn.Linear:
+                noted(self.read, flow)
+            return noted(self.write, Flow(Channels(), -1))
+        if kind in CONV + CONV_TRANSPOSE:
+            noted(self.read, flow)
+            return noted(self.write, Flow(Channels(), 1, positions=int(kind.__name__[-2])))
+        if kind in NORM:
+            blocked(f"{name} normalizes it")
+            dim = -1 if kind in (nn.LayerNorm, nn.RMSNorm) else flow.dim or 1
+            return noted(self.write, Flow(Channels(), dim, flow.positions))
+        if kind is nn.MultiheadAttention:
+            tensors = [n for n in (*args, *map(node.kwargs.get, ("query", "key", "value"))) if n is not None]
+            for part, tensor in enumerate(tensors[:3]):
+                if tensor in flows:
+                    noted(self.read, flows[tensor], part)
+            return noted(self.write, Flow(Channels(), -1))
+        if op == "getitem" and self.operation(prefix, args[0])[2] == "multiheadattention" and args[1] == 0:
+            return flow
+
+        if op.strip("i_") in ("add", "sub") and len(args) == 2 and all(n in flows for n in args):
+            obstacles = (f.channels.blocked for f in inputs if f.channels.blocked)
+            return self.add(flows, *map(flows.get, args)) or blocked(next(obstacles, "unlike tensors are added"))
+        if len(inputs) == 1:
+            if HOMOGENEOUS.fullmatch(op):
+                return flow
+            if POOLING.fullmatch(op) and flow.dim == 1 and not getattr(module, "return_indices", False):
+                return flow
+            if op.strip("i_") in ("mul", "truediv", "div") and args[0] in flows and args[1:] and args[1] not in flows:
+                return flow  # by a number
+            if flattens(op, node, module) and flow.dim and flow.flat is None:
+                return flow._replace(dim=-1, positions=0, flat=flow.dim == 1)
+            if op == "mean" and flow.flat is None and mean_over(node, flow):
+                return flow._replace(dim=-1, positions=0)
+        if op == "scaled_dot_product_attention":
+            self.heads += self.plain_attention(prefix, node)
+        reason = blocked(f"{name} is not homogeneous in each channel")
+        if module is not None and next(module.parameters(), None) is not None:
+            reason.channels.writers.append(name)
+        return reason
+
+    def add(self, flows, a, b):
+        """The sum of two tensors: from now on their channels are one."""
+        if a[1:] != b[1:]:
+            return None
+        if a.channels is not b.channels:
+            a.channels.absorb(b.channels)
+            for node, flow in flows.items():
+                if flow.channels is b.channels:
+                    flows[node] = flow._replace(channels=a.channels)
+        return a
+
+    # Attention
+
+    def multihead(self, name, m):
+        fused, E, heads, d = m.in_proj_weight is not None, m.embed_dim, m.num_heads, m.head_dim
+
+        def slots(part, reads):
+            weight, at = ("in_proj_weight", part * E) if fused else ("qkv"[part] + "_proj_weight", 0)
+            table = [(weight, split_dim(heads, d, at, E)), ("in_proj_bias", split_dim(heads, d, part * E, E))]
+            if part > 0:
+                table.append(("bias_" + "qkv"[part], split_dim(heads, d, dim=2)))
+            return self.slots(name, table, reads)
+
+        out = self.slots(name, [("out_proj.weight", split_dim(heads, d, dim=1))], True)
+        queries, values = slots(0, False) + slots(1, True), slots(2, False) + out
+        yield Symmetry(f"{name}: queries, keys", "attention", (heads, d, d), tuple(queries)), (), None
+        yield Symmetry(f"{name}: values, output", "attention", (heads, d, d), tuple(values)), (), None
+
+    def attention(self, a):
+        kv, fused = a.kv_heads or a.heads, a.q == a.k == a.v
+        for name in a[:4]:
+            if type(self.module(name)) is not nn.Linear:
+                raise ValueError(f"{name} is not a Linear: Attention joins plain projections")
+        widths = [self.modules[n].out_features // (3 if fused else 1) for n in a[:3]]
+        d, d_v = widths[1] // kv, widths[2] // kv
+        if widths != [a.heads * d, kv * d, kv * d_v] or self.modules[a.out].in_features != a.heads * d_v:
+            raise ValueError(f"{a}: the widths of these projections do not fit its heads")
+
+        def slots(part, d, reads):
+            view = split_dim(kv, d, part * widths[0] if fused else 0, widths[part])
+            return self.slots(a[part], [("weight", view), ("bias", view)], reads)
+
+        out = self.slots(a.out, [("weight", split_dim(kv, d_v, dim=1))], True)
+        queries, values = slots(0, d, False) + slots(1, d, True), slots(2, d_v, False) + out
+        yield Symmetry(f"{a.q}, {a.k}: queries, keys", "attention", (kv, d, d), tuple(queries)), a[:4], None
+        yield Symmetry(f"{a.v}, {a.out}: values, output", "attention", (kv, d_v, d_v), tuple(values)), a[:4], None
+
+    def plain_attention(self, prefix, node):
+        """The projections around a scaled_dot_product_attention, if heads are split and merged in the usual way."""
+        sources, out = [self.split_heads(prefix, n) for n in node.args[:3]], self.merge_heads(prefix, node)
+        if out is not None and None not in sources:
+            names, heads, parts = zip(*sources)
+            if len(set(heads)) == 1 and parts == ((0, 1, 2) if len(set(names)) == 1 else (None, None, None)):
+                yield from self.attention(Attention(*names, out, heads[0]))
+
+    def split_heads(self, prefix, node):
+        """(Linear, heads, part of it or None) if node is Linear, view(batch, tokens, heads, d), transpose(1, 2)."""
+        op, part = partial(self.operation, prefix), None
+        view = node.args[0]
+        if op(node)[2] != "transpose" or {*node.args[1:]} not in ({1, 2}, {-2, -3}) or len(node.users) > 1:
+            return None
+        sizes = view.args[-1] if isinstance(view.args[-1], tuple | list) else view.args[1:]
+        if (op(view)[2], len(sizes)) not in (("view", 4), ("reshape", 4), ("unflatten", 2)) or len(view.users) > 1:
+            return None
+        source = view.args[0]
+        if op(source)[2] == "getitem" and op(source.args[0])[2] in ("chunk", "split") and len(source.users) == 1:
+            source, part = source.args
+            third = 3 if op(source)[2] == "chunk" else getattr(op(source.args[0])[1], "out_features", 0) // 3
+            known = isinstance(source.args[1], fx.Node) or source.args[1] == third
+            if len(source.users) != 3 or not known or {*source.args[2:], *source.kwargs.values()} not in ({-1}, {2}):
+                return None
+            source = source.args[0]
+        name, module, _ = op(source)
+        usual = type(module) is nn.Linear and isinstance(sizes[-2], int) and len(source.users) == 1
+        return (name, sizes[-2], part) if usual else None
+
+    def merge_heads(self, prefix, node):
+        """The Linear that reads node.transpose(1, 2).reshape(batch, tokens, features), or None."""
+        for expected in ("transpose", "contiguous", "view|reshape|flatten", "linear"):
+            if len(node.users) > 1:
+                return None
+            name, module, op = self.operation(prefix, user := next(iter(node.users)))
+            if re.fullmatch(expected, op):
+                node = user
+                arguments = {"transpose": ({1, 2}, {-2, -3}), "flatten": ({2}, {-2})}.get(op)
+                if arguments and {*node.args[1:]} not in arguments or op in ("view", "reshape") and len(node.args) != 4:
+                    return None
+            elif expected != "contiguous":
+                return None
+        return name if type(module) is nn.Linear else None
+
+    # Data-dependent actions
+
+    def linear_pair(self, prefix, node):
+        """A HiddenAction if node is an activation of teleport.py between two Linear, and nothing else reads either."""
+        _, module, op = self.operation(prefix, node)
+        slope = getattr(module, "negative_slope", node.kwargs.get("negative_slope", 0.01))
+        known = {"tanh": TANH, "sigmoid": SIGMOID, "relu": leaky_relu(0.0), "leakyrelu": leaky_relu(slope)}
+        activation = known.get(op.replace("_", ""))
+        if activation is None or len(node.users) != 1 or len(node.all_input_nodes) != 1:
+            return
+        before, after = node.all_input_nodes[0], next(iter(node.users))
+        (V, first, _), (U, second, _) = self.operation(prefix, before), self.operation(prefix, after)
+        if type(first) is type(second) is nn.Linear and len(before.users) == 1:
+            slots = [s for name in (V, U) for s in self.slots(name, [("weight", rows), ("bias", rows)], False)]
+            d = first.out_features
+            yield HiddenAction(f"{V} -> {U}", "hidden", (d, d), tuple(slots), V, activation, U), (V, U), None

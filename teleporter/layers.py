@@ -1,0 +1,131 @@
+"""What the finder knows of single layers and operations: where they write and read, what keeps channels apart."""
+
+import re
+from typing import NamedTuple
+
+from torch import nn
+
+from teleporter.symmetry import Symmetry
+
+# Where modules write and read: [(attribute, view)]
+
+
+def rows(x):
+    return x.unsqueeze(0)
+
+
+def columns(start=0, size=None):
+    return lambda x: x.narrow(0, start, size or len(x)).movedim(1, 0).unsqueeze(0)
+
+
+def flat_columns(size, channels_first):
+    """Columns of a Linear that reads flattened (channels, positions), or (positions, channels)."""
+    if channels_first:
+        return lambda x: x.movedim(1, 0).unflatten(0, (size, -1)).unsqueeze(0)
+    return lambda x: x.movedim(1, 0).unflatten(0, (-1, size)).movedim(1, 0).unsqueeze(0)
+
+
+def grouped(groups):
+    """A convolution's second weight dimension counts the channels of one group: (groups, size, out / groups, ...)."""
+    return lambda x: x.unflatten(0, (groups, -1)).movedim(2, 1)
+
+
+def split_dim(heads, d, start=0, size=None, dim=0):
+    """(heads, d, heads that share this element, ...)"""
+
+    def view(x):
+        x = x.movedim(dim, 0)
+        return x.narrow(0, start, size or len(x)).unflatten(0, (heads, -1, d)).movedim(2, 1)
+
+    return view
+
+
+CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def writer(module):
+    """What scales the module's output channels. Raises ValueError if nothing does."""
+    kind = type(module)
+    if kind in NORM and (module.weight is None or module.weight.ndim > 1):
+        raise ValueError(f"{kind.__name__} has no scale per channel")
+    if kind is nn.Linear or kind in CONV + NORM:
+        return [("weight", rows), ("bias", rows)]
+    if kind in CONV_TRANSPOSE:
+        return [("weight", grouped(module.groups)), ("bias", rows)]
+    if kind is nn.Embedding and module.max_norm is None:
+        return [("weight", columns())]
+    if kind is nn.MultiheadAttention:
+        return [("out_proj.weight", rows), ("out_proj.bias", rows)]
+    raise ValueError(f"{kind.__name__} is not supported")
+
+
+def reader(module, size, flow, part=None):
+    """What reads `size` channels from flow. Raises ValueError if they are not read one by one."""
+    kind = type(module)
+    if kind is nn.Linear and flow.dim != 1 and module.in_features % size == 0:
+        if flow.flat is not None or module.in_features == size:
+            return [("weight", flat_columns(size, flow.flat is not False))]
+    if kind in CONV + CONV_TRANSPOSE and flow.dim != -1 and module.in_channels == size:
+        return [("weight", grouped(module.groups) if kind in CONV else rows)]
+    if kind is nn.MultiheadAttention and flow.dim == -1 and flow.flat is None:
+        if module.in_proj_weight is None:
+            return [("qkv"[part] + "_proj_weight", columns())]
+        return [("in_proj_weight", columns(part * size, size))]
+    raise ValueError(f"{kind.__name__} does not read its {size} channels one by one")
+
+
+# Operations f with f(sx) = s f(x) for s > 0 in each channel: type of module, or name of function or method, lower case.
+HOMOGENEOUS = re.compile(r"(leaky_?)?relu_?|prelu|identity|(feature_)?dropout[123]?d?_?|contiguous|clone|neg|abs")
+POOLING = re.compile(r"(adaptive_?)?(max|avg)_?pool[123]d|upsample|interpolate|zeropad[123]d|reflectionpad[123]d")
+
+
+class Channels:
+    """Channels that can only be scaled together: who writes and reads them, and why they stay, if they must."""
+
+    def __init__(self, blocked=None):
+        self.blocked, self.size, self.writers, self.readers, self.slots = blocked, None, [], [], []
+
+    def block(self, reason):
+        self.blocked = self.blocked or reason
+
+    def absorb(self, other):
+        self.block(other.blocked or (self.size != other.size and "tensors of different widths are added"))
+        self.writers += other.writers
+        self.readers += other.readers
+        self.slots += other.slots
+
+    def candidate(self):
+        reason = self.blocked or (None if self.readers else "nothing reads it")
+        writers, readers = (", ".join(dict.fromkeys(names)) for names in (self.writers, self.readers))
+        name = writers if reason else f"{writers} -> {readers}"
+        return Symmetry(name, "rescale", (self.size,), tuple(self.slots)), (*self.writers, *self.readers), reason
+
+
+class Flow(NamedTuple):
+    """A tensor of the graph: its channels and where they are."""
+
+    channels: Channels
+    dim: int | None = None  # 1, or -1: features in the last dimension
+    positions: int = 0  # how many dimensions follow dimension 1
+    flat: bool | None = None  # flattened together with positions: channels first (True) or last (False)
+
+
+def flattens(op, node, module):
+    """Whether node flattens all but the batch dimension; x.view(.., features) is taken to do so."""
+    arguments = (*node.args[1:], *node.kwargs.values())
+    if module is not None:
+        return op == "flatten" and (module.start_dim, module.end_dim) == (1, -1)
+    if op in ("view", "reshape"):
+        return len(arguments[0] if isinstance(arguments[0], tuple | list) else arguments) == 2
+    return op == "flatten" and arguments in ((1,), (1, -1))
+
+
+def mean_over(node, flow):
+    """Whether node averages all positions of a flow: of images, or of tokens."""
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    dims = (dims,) if isinstance(dims, int) else tuple(dims or ())
+    p = flow.positions
+    positions = (tuple(range(2, 2 + p)), tuple(range(-p, 0))) if flow.dim == 1 else ((1,),) if flow.dim == -1 else ()
+    return len(node.args) < 3 and not node.kwargs.get("keepdim") and dims != () and dims in positions

@@ -1,0 +1,64 @@
+"""Forward passes that leave no trace, and gradients of what they return."""
+
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+
+def gradient(value, parameters, create_graph=False):
+    """{name: ∂value/∂parameter}, zero for parameters that value does not depend on."""
+    G = torch.autograd.grad(
+        value, list(parameters.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(parameters, G))
+
+
+@contextmanager
+def undone_on_error(parameters):
+    """Yields a function that puts the parameters back where they were; an exception does that too."""
+    before = [(p, p.detach().clone()) for p in parameters.values()]
+
+    def undo():
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+
+    try:
+        yield undo
+    except BaseException:
+        undo()
+        raise
+
+
+@contextmanager
+def kept_buffers(model):
+    """Forward passes in here leave no trace in the buffers (running statistics)."""
+    before = [(b, b.clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def same_randomness(model):
+    """Every pass in such a context draws the same random numbers, and the outside world sees none of it."""
+    return torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda})
+
+
+@contextmanager
+def recorded_inputs(model, names):
+    """{name: what that Linear read, (features, samples)} of the forward pass in this context."""
+    inputs = {}
+
+    def record(name, module, args):
+        inputs[name] = args[0].detach().flatten(0, -2).T
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(record, name)) for name in names]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,114 @@
+"""What a symmetry is: a hidden space, the parts of parameters that write into it and read from it, and its elements."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from teleport import Activation
+
+
+class Slot(NamedTuple):
+    """A part of a parameter that writes into a hidden space (reads: False) or reads from it (reads: True)."""
+
+    name: str  # of the parameter
+    reads: bool
+    view: Callable  # a tensor of the parameter's shape -> a view of it with the space in front: (groups, size, ...)
+
+
+class Symmetry(NamedTuple):
+    """A hidden space. Its elements are exp(T), T of this shape: (size,) rescaling, (heads, d, d) attention."""
+
+    name: str
+    kind: str
+    shape: tuple
+    slots: tuple
+
+    def act_(self, tensors: dict, T: Tensor, like: str = "weights") -> None:
+        """Move {parameter name: tensor or None} in place by exp(T), T float64 on the CPU; -T is the exact inverse.
+
+        like: what the tensors are. "weights"; "gradients", or running means of them, which move by the inverse
+        transpose; "squares", running means of squared gradients, which move by its squared entries (exact for a
+        rescaling; for attention, what uncorrelated entries would do).
+        """
+        if self.kind == "rescale":
+            M, dual = T.exp(), (-T).exp()
+        else:
+            M, dual = torch.linalg.matrix_exp(T), torch.linalg.matrix_exp(-T).mT
+        if like != "weights":
+            M, dual = dual, M
+        if like == "squares":
+            M, dual = M**2, dual**2
+        for slot in self.slots:
+            if tensors.get(slot.name) is None:
+                continue
+            x = slot.view(tensors[slot.name])
+            m = (dual if slot.reads else M).to(x)
+            if self.kind == "rescale":
+                x.mul_(m.reshape(*x.shape[:2], *[1] * (x.ndim - 2)))
+            else:
+                x.copy_(torch.einsum("hij,hj...->hi...", m, x))
+
+    def derivative(self, covectors: dict, vectors: dict) -> Tensor:
+        """∂/∂T at T = 0 of Σ⟨covector, vector moved by exp(T)⟩; covectors = ∂objective/∂W, vectors = W."""
+        total = torch.zeros(self.shape, dtype=torch.float64)
+        for slot in self.slots:
+            c, x = (slot.view(tensors[slot.name]) for tensors in (covectors, vectors))
+            c, x = (y.detach().reshape(*y.shape[:2], -1) for y in (c, x))
+            c, x = (-x, c) if slot.reads else (c, x)
+            total += ((c * x).sum(2).flatten() if self.kind == "rescale" else c @ x.mT).cpu()
+        return total
+
+    def steepest(self, D: Tensor) -> Tensor:
+        """The symmetric T with singular values up to 1 that maximizes ⟨D, T⟩: the sign of D (as a matrix).
+
+        Antisymmetric T, rotations within a head, are left out: they change no norm.
+        """
+        if self.kind == "rescale":
+            return D.sign()
+        eigenvalues, Q = torch.linalg.eigh(D + D.mT)
+        return (Q * eigenvalues.sign().unsqueeze(-2)) @ Q.mT
+
+
+class HiddenAction(NamedTuple):
+    """g = exp(T), T (width, width), between the Linear modules V and U, an activation in between (teleport.py)."""
+
+    name: str
+    kind: str
+    shape: tuple
+    slots: tuple
+    V: str
+    activation: Activation
+    U: str
+
+    def steepest(self, D: Tensor) -> Tensor:
+        """The T of Frobenius norm 1 that maximizes ⟨D, T⟩."""
+        return D / D.norm().clamp_min(torch.finfo(D.dtype).tiny)
+
+
+class Pair(NamedTuple):
+    """A rescaling added by hand: writers share their output channels, readers take these as their input channels.
+
+    Names of modules, one or several: Pair("fc1", "fc2"); for a residual stream Pair(["stem", "block.conv2"],
+    ["block.conv1", "head"]). What lies between must be positively homogeneous channel by channel; a Linear may read a
+    flattened image.
+    """
+
+    writers: str | list
+    readers: str | list
+
+
+class Attention(NamedTuple):
+    """Plain attention projections added by hand: names of Linear modules; q = k = v names a fused projection.
+
+    Features are ordered (heads, d_head). Nothing may act on queries or keys alone (rotary embedding, normalization).
+    kv_heads < heads: grouped queries, consecutive heads sharing their keys and values.
+    """
+
+    q: str
+    k: str
+    v: str
+    out: str
+    heads: int
+    kv_heads: int | None = None

@@ -1,0 +1,203 @@
+"""The Teleporter: finds a model's symmetries, checks that it may move, and moves."""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from teleport import Teleportation, postactivation_action, preactivation_action
+from teleporter.finder import Finder
+from teleporter.passes import gradient, kept_buffers, recorded_inputs, same_randomness, undone_on_error
+from teleporter.state import transport
+from teleporter.symmetry import Attention, Pair
+
+_ACTIONS = {"preactivation": preactivation_action, "postactivation": postactivation_action}
+_HALVINGS = 10
+
+
+class Teleporter:
+    """Moves a model's parameters, in place, along its symmetries to where an objective is larger.
+
+    model: any nn.Module. symmetries: "auto" (all that are exact), or a list of "rescale", "attention" (found in the
+    model), Pair and Attention (given by hand); or ["preactivation"] or ["postactivation"]. objective: "gradient_norm",
+    ‖∂L/∂W‖² over all trainable parameters, or objective(loss, parameters) -> scalar, parameters {name: tensor}, which
+    must be differentiable in them (through torch.autograd.grad(..., create_graph=True) if it uses gradients). maximize:
+    False makes it smaller. bound: one step scales every channel, and every singular value of an attention element, by a
+    factor within [1/bound, bound]; of a data-dependent action, log(bound) is the Frobenius norm of its tangent. With 2,
+    the default, rescalings are by powers of two, which floating point does without any rounding. optimizer: its running
+    means of gradients (momentum) and of their squares (Adam, RMSprop, Adagrad) move with the gradients, to what they
+    would be had the past gradients been taken at the moved weights; everything else in it is kept. tolerance: the drift
+    allowed, relative to 1 + |loss|.
+
+    Attributes: symmetries, a list of Symmetry (or HiddenAction); left_alone, {writers: why their output stays}.
+
+    Raises ValueError if nothing can be moved, for an option or module that does not exist, and for half precision.
+    Shared and frozen parameters are left alone. Parameters may be on several devices. A forward pass that torch.fx
+    cannot trace is searched module by module. Hooks, and branches other than the traced one (training mode, optional
+    arguments all given), are out of sight: `step` measures the loss, undoes a move that changed it and says so.
+    """
+
+    def __init__(self, model, symmetries="auto", objective="gradient_norm", bound=2.0, *, maximize=True, optimizer=None,
+                 tolerance=1e-3):  # fmt: skip
+        if not 1 < bound < math.inf:
+            raise ValueError(f"bound must be a finite factor above 1, got {bound}")
+        if not callable(objective) and objective != "gradient_norm":
+            raise ValueError(f'objective must be "gradient_norm" or callable(loss, parameters), got {objective!r}')
+        items = [symmetries] if isinstance(symmetries, str) else list(symmetries)
+        for item in items:
+            if not isinstance(item, Pair | Attention) and item not in ("auto", "rescale", "attention", *_ACTIONS):
+                raise ValueError(f"symmetries: {item!r} is neither a kind of symmetry nor a Pair or Attention")
+        self.action = next((_ACTIONS[item] for item in items if isinstance(item, str) and item in _ACTIONS), None)
+        if self.action is not None and len(items) > 1:
+            raise ValueError("symmetries: a data-dependent action must stand alone")
+        self.model, self.bound, self.sign, self.tolerance = model, bound, 1 if maximize else -1, tolerance
+        self.objective, self.optimizer = objective if callable(objective) else None, optimizer
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.symmetries, self.left_alone = [], {}
+        self._find(items)
+        if not self.symmetries:
+            raise ValueError(f"no symmetry found: {self.left_alone or 'no layers that could be joined'}")
+
+    def _find(self, items):
+        with same_randomness(self.model):
+            finder = Finder(self.model)
+        kinds = {item for item in items if isinstance(item, str)}
+        found = finder.hidden if self.action is not None else []
+        found = found + (finder.spaces if kinds & {"auto", "rescale"} else [])
+        found = found + (finder.heads if kinds & {"auto", "attention"} else [])
+        by_hand = [finder.pair(item) for item in items if isinstance(item, Pair)]
+        by_hand += [h for item in items if isinstance(item, Attention) for h in finder.attention(item)]
+        for candidates, wanted in ((found, False), (by_hand, True)):
+            for symmetry, modules, reason in candidates:
+                reason = reason or finder.obstacle(symmetry.slots, modules)
+                if reason is None:
+                    self.symmetries.append(symmetry)
+                elif wanted:
+                    raise ValueError(f"{symmetry.name}: {reason}")
+                else:
+                    self.left_alone[symmetry.name] = reason
+
+    def __repr__(self):
+        lines = [(s.kind, f"{s.name} {'×'.join(map(str, s.shape))}") for s in self.symmetries]
+        lines += [("left alone", f"output of {name}: {reason}") for name, reason in self.left_alone.items()]
+        return "Teleporter(\n" + "".join(f"  {kind:<11} {what}\n" for kind, what in lines) + ")"
+
+    def step(self, inputs, loss_fn: Callable) -> Teleportation:
+        """One teleport: ascend the objective of loss_fn(model(inputs)) over the symmetries, from the identity.
+
+        inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments) for model(...). loss_fn(output)
+        -> scalar; it must depend on the parameters through the output alone. The step goes as far as `bound` allows in
+        the steepest direction. The gradient norm grows all the way; another objective is tried there and then at half
+        the distance, up to ten times, and the parameters stay if nothing helps. Random numbers (dropout) are the same
+        before and after; neither they nor buffers (running statistics) notice that a teleport happened.
+
+        Cost: two forward-backward passes for the gradient norm; else the objective's derivative, and the objective once
+        for each trial. Returns the Teleportation, its weights {name: parameter that may have moved}. Raises ValueError
+        for a loss that is not a finite scalar, RuntimeError (parameters restored) if an exact symmetry moved the loss.
+        """
+        moving = {slot.name: self.parameters[slot.name] for s in self.symmetries for slot in s.slots}
+        with torch.enable_grad(), kept_buffers(self.model), undone_on_error(moving) as undo:
+            loss, value, tangents, hidden = self._evaluate(inputs, loss_fn, derivative=True)
+            for _ in range(1 + _HALVINGS):
+                if self._move(tangents, hidden):
+                    loss_after, value_after = self._evaluate(inputs, loss_fn)
+                    kept = abs(loss_after - loss) <= self.tolerance * (1 + abs(loss))
+                    if kept and self.sign * (value_after - value) >= 0:
+                        break
+                    if self.action is None and not kept:
+                        raise RuntimeError(
+                            f"teleporting moved the loss from {loss:.6g} to {loss_after:.6g} and was undone: it "
+                            f"depends on some of these parameters in a way that the model's graph does not show\n{self}"
+                        )
+                undo()
+                tangents = [T / 2 for T in tangents]
+            else:
+                tangents, loss_after, value_after = [T * 0 for T in tangents], loss, value
+        if self.action is None:
+            transport(self.parameters, self.optimizer, self.symmetries, tangents)
+        return Teleportation(moving, loss, loss_after, value, value_after)
+
+    def random_tangents(self, generator=None) -> list:
+        """Tangents as long as those of `step` in a random direction: `apply` them for a control."""
+        random = (torch.randn(s.shape, generator=generator, dtype=torch.float64) for s in self.symmetries)
+        return [s.steepest(D) * math.log(self.bound) for s, D in zip(self.symmetries, random)]
+
+    def apply(self, tangents: list) -> None:
+        """Move by exp(T), one T (Symmetry.shape, float64, CPU) for each exact symmetry; -T moves back exactly."""
+        if self.action is not None:
+            raise ValueError("a data-dependent action has no meaning without data: use step")
+        if [tuple(T.shape) for T in tangents] != [s.shape for s in self.symmetries]:
+            raise ValueError(f"tangents must have the shapes {[s.shape for s in self.symmetries]}")
+        if not all(T.isfinite().all() for T in tangents):
+            raise ValueError("tangents must be finite")
+        self._move(tangents)
+        transport(self.parameters, self.optimizer, self.symmetries, tangents)
+
+    @torch.no_grad()
+    def _move(self, tangents, hidden=None):
+        """Move the parameters; False if a data-dependent action cannot take that step."""
+        if self.action is None:
+            for s, T in zip(self.symmetries, tangents):
+                s.act_(self.parameters, T)
+            return True
+        try:
+            moved = self._act_on_hidden(tangents, hidden)
+        except ValueError:  # a post-activation step left the range of its activation
+            return False
+        for name, W in moved.items():
+            self.parameters[name].copy_(W)
+        return True
+
+    def _evaluate(self, inputs, loss_fn, derivative=False):
+        """loss, objective; with derivative also the tangents of the steepest ascent and the inputs of hidden layers."""
+        by_transport = self.objective is None and self.action is None
+        second = derivative and not by_transport
+        args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
+        read_by = [s.V for s in self.symmetries] if derivative and self.action is not None else []
+        with same_randomness(self.model), recorded_inputs(self.model, read_by) as hidden:
+            with sdpa_kernel(SDPBackend.MATH) if second else nullcontext():  # the others have no second derivative
+                loss = loss_fn(self.model(*args, **(inputs if isinstance(inputs, dict) else {})))
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad or not loss.isfinite():
+            raise ValueError(f"loss_fn must return a finite scalar that depends on the parameters, got {loss}")
+        W = self.parameters
+        if self.objective is None:
+            G = gradient(loss, W, create_graph=second)
+            value = sum(g.square().sum().to(loss.device) for g in G.values())
+        else:
+            value = self.objective(loss, W)
+        if not derivative:
+            return loss.detach(), value.detach()
+        if by_transport:  # ‖M^-T G‖²: gradients move against the weights
+            tangents = [s.derivative({n: -2 * g for n, g in G.items()}, G) for s in self.symmetries]
+        else:
+            C = gradient(value, W)
+            by_action = self.action is not None
+            tangents = self._pull_back(C, hidden) if by_action else [s.derivative(C, W) for s in self.symmetries]
+        tangents = [self.sign * math.log(self.bound) * s.steepest(D) for s, D in zip(self.symmetries, tangents)]
+        return loss.detach(), value.detach(), tangents, hidden
+
+    def _act_on_hidden(self, tangents, hidden):
+        """{name: tensor} moved by g = exp(T), layer after layer; each sees its true, already transformed input."""
+        W = {slot.name: self.parameters[slot.name].detach() for s in self.symmetries for slot in s.slots}
+        hidden = dict(hidden)
+        for s, T in zip(self.symmetries, tangents):
+            U, V, b = f"{s.U}.weight", f"{s.V}.weight", f"{s.V}.bias"
+            h, A = hidden[s.V], W[V]
+            if b in W:  # one more column of V, one more row of ones in h
+                h, A = torch.cat([h, torch.ones_like(h[:1])]), torch.cat([A, W[b].unsqueeze(1)], 1)
+            W[U], A = self.action(W[U], A, h, torch.linalg.matrix_exp(T.to(A)), s.activation)
+            hidden[s.U] = s.activation.f(A @ h)
+            W[V] = A[:, : W[V].shape[1]]
+            if b in W:
+                W[b] = A[:, -1]
+        return W
+
+    def _pull_back(self, C, hidden):
+        """∂objective/∂T at T = 0 through the data-dependent actions, from C = ∂objective/∂W."""
+        tangents = [torch.zeros(s.shape, dtype=torch.float64, requires_grad=True) for s in self.symmetries]
+        moved = self._act_on_hidden(tangents, hidden)
+        moved = {name: x for name, x in moved.items() if x.requires_grad}  # not the last layer's bias
+        return torch.autograd.grad(list(moved.values()), tangents, [C[name] for name in moved])
