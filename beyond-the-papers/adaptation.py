@@ -1,0 +1,111 @@
+"""What the factors adapt: networks pretrained on one task, LoRA added to every layer, trained on another; stacked.
+
+A stack trains S seeds × K settings of the optimizer, members ordered (S, K): the settings of one seed share its initial
+factors and its mini-batches, which differ from seed to seed.
+"""
+
+import torch
+from torch.nn.functional import avg_pool2d, leaky_relu_, log_softmax
+
+from common.mlp import StackedMLP, initial_weights
+
+SLOPE = 0.1
+
+
+def small_images(x: torch.Tensor, quarter_turns: int = 0) -> torch.Tensor:
+    """Rows of 784 pixels -> rows of 196: 2 × 2 means, turned by quarter_turns · 90°."""
+    return torch.rot90(avg_pool2d(x.view(-1, 1, 28, 28), 2), quarter_turns, (2, 3)).reshape(len(x), -1)
+
+
+def pretrained(dims: tuple, x: torch.Tensor, y: torch.Tensor, steps: int, seed: int = 0) -> list:
+    """Weights of an MLP trained by Adam (1e-3, batch 64) on rows x."""
+    net = StackedMLP(initial_weights(dims, [seed], x.device), "Adam", 1e-3, slope=SLOPE)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (64,), generator=generator)
+        net.step(x[rows], y[rows])
+    return [W[0] for W in net.weights]
+
+
+def initial_pairs(shapes: list, rank: int, init: str, seeds: list, copies: int) -> list:
+    """[(A, B)] of every layer (d_out, d_in): init "zero" (A uniform in ±1/√d_in, B = 0, as peft's) or "gaussian"
+    (A normal with variance 1/d_in, B with 1/r). Stacked (S · copies, …), the copies of one seed alike."""
+    members = []
+    for seed in seeds:
+        g = torch.Generator().manual_seed(seed)
+        for o, i in shapes:
+            if init == "zero":
+                members.append(((2 * torch.rand(rank, i, generator=g) - 1) / i**0.5, torch.zeros(o, rank)))
+            else:
+                A, B = torch.randn(rank, i, generator=g), torch.randn(o, rank, generator=g)
+                members.append((A / i**0.5, B / rank**0.5))
+    stacked = [[torch.stack(factor) for factor in zip(*members[k :: len(shapes)])] for k in range(len(shapes))]
+    return [tuple(factor.repeat_interleave(copies, 0) for factor in pair) for pair in stacked]
+
+
+class Images:
+    """A leaky ReLU network with frozen weights [W (d_out, d_in), …] and scale · BA beside each, cross-entropy.
+
+    x, y and x_test, y_test: rows of the new task.
+    """
+
+    def __init__(self, weights, x, y, x_test, y_test, scale=1.0):
+        self.weights, self.scale = weights, scale
+        self.x, self.y, self.x_test, self.y_test = x, y, x_test, y_test
+        self.shapes = [tuple(W.shape) for W in weights]
+
+    def batches(self, seeds: list, size: int, steps: int):
+        """Yield `steps` mini-batches: x (S, d_0, size), y (S, size), drawn with replacement."""
+        generators = [torch.Generator().manual_seed(1_000_000 + seed) for seed in seeds]
+        rows = torch.stack([torch.randint(len(self.x), (steps, size), generator=g) for g in generators], 1)
+        for row in rows:
+            yield self.x[row].mT, self.y[row]
+
+    def gradients(self, pairs: list, batch: tuple) -> tuple:
+        """Losses (E,) and gradients [(E, r, d_in + d_out), …] of the pairs [(A, Bᵀ), …], E = S · K."""
+        x, y = batch
+        hidden, inner, z = self._forward(pairs, x)
+        log_p = log_softmax(z, 1)
+        index = y.repeat_interleave(len(z) // len(y), 0).unsqueeze(1)
+        loss = -log_p.gather(1, index).mean((1, 2))
+        delta = log_p.exp_().scatter_add_(1, index, log_p.new_full((1,), -1.0).expand_as(index)).div_(y.shape[1])
+        gradients = [None] * len(pairs)
+        for m in reversed(range(len(pairs))):
+            A, Bt = pairs[m]
+            back = torch.bmm(Bt, delta).mul_(self.scale)
+            h = hidden[m]
+            dA = (
+                torch.bmm(back.view(len(x), -1, back.shape[-1]), h.mT).view(len(back), -1, h.shape[1])
+                if m == 0
+                else (torch.bmm(back, h.mT))
+            )
+            gradients[m] = torch.cat([dA, torch.bmm(inner[m], delta.mT)], -1)
+            if m:
+                behind = torch.matmul(self.weights[m].T, delta).baddbmm_(A.mT, back)
+                delta = torch.ops.aten.leaky_relu_backward(behind, h, SLOPE, True)
+        return loss, gradients
+
+    def _forward(self, pairs, x):
+        """Layers' inputs [x (S, d_0, n), h_1 (E, d_1, n), …], inner spaces [scale · A h (E, r, n), …] and logits."""
+        hidden, inner = [x], []
+        for m, (W, (A, Bt)) in enumerate(zip(self.weights, pairs)):
+            h = hidden[-1]
+            if m == 0:  # the settings of one seed share x
+                K = len(A) // len(x)
+                P = torch.bmm(A.reshape(len(x), -1, A.shape[-1]), h).view(len(A), A.shape[1], -1)
+                base = torch.matmul(W, h).repeat_interleave(K, 0)
+            else:
+                P, base = torch.bmm(A, h), torch.matmul(W, h)
+            inner.append(P.mul_(self.scale))
+            z = base.baddbmm_(Bt.mT, P)
+            if m < len(pairs) - 1:
+                hidden.append(leaky_relu_(z, SLOPE))
+        return hidden, inner, z
+
+    def held_out(self, pairs: list) -> torch.Tensor:
+        """Loss on the held-out rows, (E,)."""
+        total = 0
+        for x, y in zip(self.x_test.split(200), self.y_test.split(200)):
+            z = self._forward(pairs, x.T.unsqueeze(0))[2]
+            total = total - log_softmax(z, 1).gather(1, y.expand(len(z), 1, -1)).sum((1, 2))
+        return total / len(self.x_test)
