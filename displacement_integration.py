@@ -241,11 +241,9 @@ def judge(outcome):
         grade(all(depends), any(depends)),
         "one of the two curves only",
         f"It does, but not monotonically: the parabola's is {flat:.3f} r without curvature, least, "
-        f"{parabola['smallest_value']:.3f} r, at κr = {parabola['smallest_at_kappa_r']:.2g}, and grows from "
-        f"there on. All "
-        f"radii fall on one curve of κr (to {parabola['difference_from_radius_1']:.0e}); the published polyline "
-        f"is off by "
-        f"up to {max(parabola['published_relative_error']):.0%}.",
+        f"{parabola['smallest_value']:.3f} r, at κr = {parabola['smallest_at_kappa_r']:.2g}, and grows from there on. "
+        f"All radii fall on one curve of κr (to {parabola['difference_from_radius_1']:.0e}); the published polyline "
+        f"is off by up to {max(parabola['published_relative_error']):.0%}.",
     )
 
 

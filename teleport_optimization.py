@@ -215,10 +215,9 @@ def judge(outcome):
     adagrad = "AdaGrad's gain is the restart of its state" if restart and not kept else "AdaGrad"
     sentence = (
         f"With the optimizer's state kept, teleporting lowers the training loss after epoch {early} for "
-        f"{listed(both)} (also "
-        f"at each arm's best learning rate), after epoch {last} for {listed(helped(last, 'at_best_rate'))}. "
-        f"{adagrad}: {loss['baseline']:.4f} alone, "
-        f"{loss['restart']:.4f} restarted without teleporting, {loss['teleport']:.4f} teleported with its state kept."
+        f"{listed(both)} (also at each arm's best learning rate), after epoch {last} for "
+        f"{listed(helped(last, 'at_best_rate'))}. {adagrad}: {loss['baseline']:.4f} alone, {loss['restart']:.4f} "
+        f"restarted without teleporting, {loss['teleport']:.4f} teleported with its state kept."
     )
 
     def compare(*where):

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conserved import (
     conserved_quantity,
     gradient_descent,
+    monotone,
     published_normal,
     record_steps,
     scaled_pair,
@@ -127,17 +128,10 @@ def judge(outcome):
     return Verdict(
         grade(all(depends) and len(ordered) == len(m), any(depends)),
         f"in the order of Q or its size for {listed(ordered)} only",
-        f"Along one orbit, where all starts compute the same function, the steps to the loss {s.threshold:g} "
-        f"differ by up "
-        f"to {cells}.",
+        f"Along one orbit, where all starts compute the same function, the steps to the loss {s.threshold:g} differ "
+        f"by up to {cells}.",
         details,
     )
-
-
-def monotone(Q, values):
-    """Do the values rise or fall with Q, or with |Q|?"""
-    sequences = ([values[i] for i in sorted(range(len(Q)), key=key)] for key in (lambda i: Q[i], lambda i: abs(Q[i])))
-    return any(q in (sorted(values), sorted(values, reverse=True)) for q in sequences)
 
 
 def plot(outcome, s, save):

@@ -110,7 +110,7 @@ def judge(outcome):
     return Verdict(
         grade(max(times) < 1.1 * min(times), len(times) > 1),
         "not in proportion",
-        f"All starts compute the same function, and the time to converge is proportional to Q: flow time / Q = "
+        "All starts compute the same function, and the time to converge is proportional to Q: flow time / Q = "
         f"{min(times):.3f} to {max(times):.3f} over Q = {m['Q_start'][0]:.2g} to {m['Q_start'][len(times) - 1]:.2g}; "
         f"Q = {m['Q_start'][-1]:.4g} "
         f"{'does not converge in time' if math.isnan(m['steps_to_reduction'][-1]) else 'converges'}.",

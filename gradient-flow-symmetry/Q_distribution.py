@@ -113,9 +113,8 @@ def judge(outcome):
     return Verdict(
         grade(off < 4 and spread < 0.1, off < 4),
         "another deviation",
-        f"Q of Xavier draws concentrates around a value that the shape and the activation fix: closed-form mean "
-        f"(at most "
-        f"{off:.1f} standard errors off) and deviation (to {spread:.0%}).",
+        "Q of Xavier draws concentrates around a value that the shape and the activation fix: closed-form mean (at "
+        f"most {off:.1f} standard errors off) and deviation (to {spread:.0%}).",
     )
 
 

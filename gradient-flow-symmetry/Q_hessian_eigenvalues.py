@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conserved import (
     conserved_quantity,
     gradient_descent,
+    monotone,
     published_normal,
     scaled_pair,
     squared_loss_hessian,
@@ -116,9 +117,8 @@ def judge(outcome):
         eigenvalues = ", ".join(f"{e:.3g}" for e in v["largest"])
         values = ", ".join(f"{q:.4g}" for q in v["Q"])
         details.append(
-            f"{name}: largest eigenvalues {eigenvalues} at minima with Q = {values} (the last {len(orbit) - 1}: "
-            f"moved along "
-            f"the orbit of number {s.base + 1})."
+            f"{name}: largest eigenvalues {eigenvalues} at minima with Q = {values} (the last {len(orbit) - 1}: moved "
+            f"along the orbit of number {s.base + 1})."
         )
     n = len(outcome.metrics)
     return Verdict(
@@ -129,12 +129,6 @@ def judge(outcome):
         + ".",
         details,
     )
-
-
-def monotone(Q, values):
-    """Do the values rise or fall with Q, or with |Q|?"""
-    sequences = ([values[i] for i in sorted(range(len(Q)), key=key)] for key in (lambda i: Q[i], lambda i: abs(Q[i])))
-    return any(q in (sorted(values), sorted(values, reverse=True)) for q in sequences)
 
 
 def plot(outcome, s, save):

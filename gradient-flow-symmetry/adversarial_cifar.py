@@ -208,13 +208,10 @@ def judge(outcome):
         return f"{100 * accuracy(*where).mean():.1f}"
 
     sentence = (
-        f"Accuracy under the strongest FGSM ({outcome.label}): {percent('FGSM', 'itself', 'group')} % when "
-        f"attacked through the "
-        f"ensemble's own gradients, {percent('FGSM', 'either', 'group')} % when the base model's attack counts "
-        f"too, against "
-        f"the base model's {percent('FGSM', 'either', 'original')} %; without attack "
-        f"{percent('FGSM', 'either', 'group', 0)} "
-        f"against {percent('FGSM', 'either', 'original', 0)} %."
+        f"Accuracy under the strongest FGSM ({outcome.label}): {percent('FGSM', 'itself', 'group')} % when attacked "
+        f"through the ensemble's own gradients, {percent('FGSM', 'either', 'group')} % when the base model's attack "
+        f"counts too, against the base model's {percent('FGSM', 'either', 'original')} %; without attack "
+        f"{percent('FGSM', 'either', 'group', 0)} against {percent('FGSM', 'either', 'original', 0)} %."
     )
     details = []
     for attack in ("FGSM", "PGD"):

@@ -233,6 +233,12 @@ def _in_place(activation: str, V: Tensor, H: Tensor, G: Tensor):
     }[activation]
 
 
+def monotone(Q: Sequence[float], values: Sequence[float]) -> bool:
+    """Do the values rise or fall with Q, or with |Q|?"""
+    sequences = ([values[i] for i in sorted(range(len(Q)), key=key)] for key in (lambda i: Q[i], lambda i: abs(Q[i])))
+    return any(q in (sorted(values), sorted(values, reverse=True)) for q in sequences)
+
+
 def _check(U: Tensor, V: Tensor, activation: str, Y: Tensor | None = None) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: {activation!r} is not one of {', '.join(ACTIVATIONS)}")

@@ -286,9 +286,8 @@ def judge(outcome):
         f"{a} {m[a]['ratio_to_GD'][0]:.3f}, without teleport {m[b]['ratio_to_GD'][0]:.3f}" for a, b in arms.items()
     )
     sentence = (
-        f"Loss after {s.steps} steps over gradient descent's: {'; '.join(pairs)}; gradient descent at the "
-        f"learned rate's "
-        f"upper limit, with nothing learned, {m['GD, rates of the clamp']['ratio_to_GD'][0]:.3f}."
+        f"Loss after {s.steps} steps over gradient descent's: {'; '.join(pairs)}; gradient descent at the learned "
+        f"rate's upper limit, with nothing learned, {m['GD, rates of the clamp']['ratio_to_GD'][0]:.3f}."
     )
     details = []
     for arm, v in m.items():

@@ -212,9 +212,8 @@ def judge(*outcomes):
                 for a in ("published", "exact", "rescaling")
             )
             details.append(
-                f"{r.label}, {name}, final training loss minus plain: {cells}. Drift on the teleport's batch "
-                f"(the whole "
-                f"training set): {drift}."
+                f"{r.label}, {name}, final training loss minus plain: {cells}. Drift on the teleport's batch (the "
+                f"whole training set): {drift}."
             )
     return Verdict(
         grade(len(better) == len(beyond) == len(exact), better),

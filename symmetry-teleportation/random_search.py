@@ -362,9 +362,8 @@ def judge(outcome):
         for arm in arms
     ]
     details.append(
-        f"Gradient ascent reaches the norm that sampling finds in {min(cost['ascent'])} to "
-        f"{max(cost['ascent'])} gradient "
-        f"evaluations instead of {cost['search']}; the loss that follows is "
+        f"Gradient ascent reaches the norm that sampling finds in {min(cost['ascent'])} to {max(cost['ascent'])} "
+        f"gradient evaluations instead of {cost['search']}; the loss that follows is "
         f"{interval(m['ascent']['train_loss_minus_search'], 3)} above sampling's."
     )
     limits = f"{listed(matched, ' and ')} do{'es' if len(matched) == 1 else ''} as well or better"
