@@ -3,9 +3,9 @@
 A pair stands for W = BA between two linear maps, A (r, d_in), B (d_out, r); a LoRA adds scale · BA to a frozen weight.
 Only the product matters, so (RA, BR^-1) is the same function for every invertible R: a teleport. Both factors are kept
 with the inner space in front, A beside Bᵀ in one tensor F (E, r, d_in + d_out) for E runs trained as one stack. An
-orthogonal element Q moves all of F alike, F -> QF; a general one moves A by R and Bᵀ by R^-ᵀ. Gradients, and Adam's first
-moment, move by the inverse transpose; its second moment by that matrix squared entry by entry, which is what the squares
-would be were the entries uncorrelated (exact for signed permutations and rescalings).
+orthogonal element Q moves all of F alike, F -> QF; a general one moves A by R and Bᵀ by R^-ᵀ. Gradients, and Adam's
+first moment, move by the inverse transpose; its second moment by that matrix squared entry by entry, which is what the
+squares would be were the entries uncorrelated (exact for signed permutations and rescalings).
 
 Optimizers are written out, with PyTorch's Adam where nothing else is said; rates are per run and per factor.
 """
@@ -20,7 +20,7 @@ class Adam:
     """Adam on E runs of the pairs [(A (E, r, d_in), B (E, d_out, r)), …], decoupled weight decay.
 
     rate: of A and B, geometric mean, (E,); ratio: B's rate over A's, (E,), as in LoRA+ (Hayou, Ghosh, Yu, 2024).
-    tracks: also accumulate the covariance C of the inner space's gradients, Σ G_A G_Aᵀ + G_Bᵀ G_B, with this decay a step.
+    tracks: accumulate the covariance C of the inner space's gradients, Σ G_A G_Aᵀ + G_Bᵀ G_B, with this decay a step.
     """
 
     def __init__(self, pairs, rate, ratio, betas=(0.9, 0.999), weight_decay=0.0, tracks: float | None = None):
@@ -165,9 +165,10 @@ def _solve(x, G, damping):
 class RITE(Adam):
     """LoRA-RITE (Yen et al., 2025, arXiv 2410.20625): a matrix preconditioner that no R can change.
 
-    For A, with B = U_B R_B (polar decomposition): ḡ = R_B^-ᵀ G_A; P = U_Bᵀ U_B before; V = β2 P V Pᵀ + (1 − β2) ḡḡᵀ/d_in;
-    ρ, the running sum of what the projection lost of V's eigenvalues; M = β1 P M + (1 − β1) (V + ρ)^-½ ḡ; A −= η R_B^-1 M.
-    Likewise for B. Averages are corrected for their start as Adam's are. Where B = 0, A stays (its gradient is zero).
+    For A, with B = U_B R_B (polar decomposition): ḡ = R_B^-ᵀ G_A; P = U_Bᵀ times the U_B of the step before;
+    V = β2 P V Pᵀ + (1 − β2) ḡḡᵀ/d_in; ρ, the running sum of what the projection took from V's eigenvalues;
+    M = β1 P M + (1 − β1) (V + ρ)^-½ ḡ; A −= η R_B^-1 M. Likewise for B. Averages are corrected for their start as
+    Adam's are. Where B = 0, A stays (its gradient is zero).
     """
 
     def __init__(self, *arguments, **options):
@@ -212,10 +213,11 @@ def _inverse_root(x, relative=1e-10):
 
 
 class SOAP(Adam):
-    """SOAP (Vyas et al., 2025, arXiv 2409.11321) on each factor alone: Adam in the eigenbasis of Shampoo's preconditioners.
+    """SOAP (Vyas et al., 2025, arXiv 2409.11321) on each factor: Adam in the eigenbasis of Shampoo's preconditioners.
 
-    For G (r, d): L = β2 L + (1 − β2) GGᵀ, and R likewise of GᵀG if both_sides; every `every` steps their eigenbases Q by one
-    power iteration, Q = QR(LQ); the second moment lives in the basis, the first outside. The first step only fills L and R.
+    For G (r, d): L = β2 L + (1 − β2) GGᵀ, and R likewise of GᵀG if both_sides; every `every` steps their eigenbases Q
+    by one power iteration, Q = QR(LQ); the second moment lives in the basis, the first outside. The first step only
+    fills L and R.
     """
 
     def __init__(self, *arguments, every=10, both_sides=False, **options):

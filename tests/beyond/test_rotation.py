@@ -34,7 +34,7 @@ def optimizer(pairs, kind=factors.Adam, rate=0.01, ratio=1.0, **options):
     return kind(pairs, *rates, **options)
 
 
-def elements(orthogonal, count=len(DIMS) - 1):
+def elements(orthogonal, count=3):
     generator = torch.Generator().manual_seed(5)
     R = [torch.randn(len(SEEDS), RANK, RANK, generator=generator).double() + 2 * torch.eye(RANK) for _ in range(count)]
     return [torch.linalg.qr(r)[0] for r in R] if orthogonal else R
