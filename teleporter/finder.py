@@ -24,6 +24,7 @@ from teleporter.layers import (
     split_dim,
     writer,
 )
+from teleporter.passes import kept_attributes
 from teleporter.symmetry import Attention, HiddenAction, Pair, Slot, Symmetry
 
 
@@ -35,13 +36,11 @@ def _graphs(module, prefix=""):
     """(prefix, graph) of the largest submodules that torch.fx can trace; torch's own layers are the leaves."""
     children, graph = dict(module.named_children()), None
     if type(module) is nn.Sequential or not type(module).__module__.startswith("torch.nn"):
-        attributes = set(vars(module))
         try:
-            graph = fx.Tracer().trace(module)
+            with kept_attributes(module):
+                graph = fx.Tracer().trace(module)
         except Exception:  # whatever the user's forward raises when it meets a proxy
             pass
-        for name in set(vars(module)) - attributes:  # constants that tracing leaves behind
-            delattr(module, name)
     if graph is not None:
         yield prefix, graph
         children = {n.target: module.get_submodule(n.target) for n in graph.nodes if n.op == "call_module"}

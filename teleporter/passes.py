@@ -1,5 +1,6 @@
 """Forward passes that leave no trace, and gradients of what they return."""
 
+import copy
 from contextlib import contextmanager
 from functools import partial
 
@@ -41,6 +42,37 @@ def kept_buffers(model):
         with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)
+
+
+@contextmanager
+def kept_attributes(model):
+    """Whatever a forward pass leaves in the modules (attributes, entries of containers, buffers) is taken back."""
+
+    def held(value):
+        return (value, copy.copy(value)) if isinstance(value, list | dict | set) else (value, None)
+
+    tensors = [t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)]
+    tensors = [(t, t.detach().clone()) for t in tensors]
+    before = [(vars(m), {name: held(value) for name, value in vars(m).items()}) for m in model.modules()]
+    try:
+        with kept_buffers(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in tensors:
+                tensor.copy_(value)
+        for attributes, values in before:
+            for name in set(attributes) - set(values):
+                del attributes[name]
+            for name, (value, content) in values.items():
+                attributes[name] = value
+                if content is not None:
+                    _refill(value, content)
+
+
+def _refill(container, content):
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(content)
 
 
 def same_randomness(model):
