@@ -13,6 +13,7 @@ from teleporter.finder import Finder
 from teleporter.passes import gradient, kept_buffers, recorded_inputs, same_randomness, undone_on_error
 from teleporter.state import transport
 from teleporter.symmetry import Attention, Pair
+from teleporter.verify import called, difference, fingerprint, refuted, relative_change, tensors_of
 
 _ACTIONS = {"preactivation": preactivation_action, "postactivation": postactivation_action}
 _HALVINGS = 10
@@ -30,20 +31,27 @@ class Teleporter:
     the default, rescalings are by powers of two, which floating point does without any rounding. optimizer: its running
     means of gradients (momentum) and of their squares (Adam, RMSprop, Adagrad) move with the gradients, to what they
     would be had the past gradients been taken at the moved weights; everything else in it is kept. tolerance: the drift
-    allowed, relative to 1 + |loss|.
+    allowed, relative to 1 + |loss|, and the change of the output, relative to its size. inputs: what `step` takes; with
+    them the symmetries are tried at once, otherwise before the first step: each is moved by a random element, on the
+    model with disturbed weights in float64 (in its own dtype where that fails), which is then put back; one that
+    changes the output is left alone. That costs two forward passes, once. total_bound: the largest factor since the
+    start, of all moves together.
 
     Attributes: symmetries, a list of Symmetry (or HiddenAction); left_alone, {writers: why their output stays}.
 
     Raises ValueError if nothing can be moved, for an option or module that does not exist, and for half precision.
     Shared and frozen parameters are left alone. Parameters may be on several devices. A forward pass that torch.fx
     cannot trace is searched module by module. Hooks, and branches other than the traced one (training mode, optional
-    arguments all given), are out of sight: `step` measures the loss, undoes a move that changed it and says so.
+    arguments all given), are out of the finder's sight: that is what the trial is for, and `step` measures the loss and
+    the outputs, undoes a move that changed them and says so. RuntimeError for a model that changed since.
     """
 
     def __init__(self, model, symmetries="auto", objective="gradient_norm", bound=2.0, *, maximize=True, optimizer=None,
-                 tolerance=1e-3):  # fmt: skip
+                 tolerance=1e-3, inputs=None, total_bound=2.0**20):  # fmt: skip
         if not 1 < bound < math.inf:
             raise ValueError(f"bound must be a finite factor above 1, got {bound}")
+        if not bound <= total_bound < math.inf:
+            raise ValueError(f"total_bound must be finite and not below bound, got {total_bound}")
         if not callable(objective) and objective != "gradient_norm":
             raise ValueError(f'objective must be "gradient_norm" or callable(loss, parameters), got {objective!r}')
         items = [symmetries] if isinstance(symmetries, str) else list(symmetries)
@@ -60,6 +68,10 @@ class Teleporter:
         self._find(items)
         if not self.symmetries:
             raise ValueError(f"no symmetry found: {self.left_alone or 'no layers that could be joined'}")
+        self.total_bound, self.moves, self.verified = total_bound, [], self.action is not None
+        self.fingerprint = fingerprint(model)
+        if inputs is not None:
+            self._verify(inputs)
 
     def _find(self, items):
         with same_randomness(self.model):
@@ -85,6 +97,20 @@ class Teleporter:
         lines += [("left alone", f"output of {name}: {reason}") for name, reason in self.left_alone.items()]
         return "Teleporter(\n" + "".join(f"  {kind:<11} {what}\n" for kind, what in lines) + ")"
 
+    def _verify(self, inputs):
+        """Check that nothing changed since the model was searched and, once, try every symmetry on these inputs."""
+        change = difference(self.fingerprint, fingerprint(self.model))
+        if change is not None:
+            raise RuntimeError(f"{change}: make a new Teleporter")
+        if self.verified or inputs is None:
+            return
+        wrong = refuted(self.model, self.parameters, self.symmetries, inputs)
+        self.left_alone |= {name: f"a trial changed the output by {change:.2g}" for name, change in wrong.items()}
+        kept = [s for s in self.symmetries if s.name not in wrong]
+        if not kept:
+            raise RuntimeError(f"every symmetry found changed the output when tried, which was undone\n{self}")
+        self.symmetries, self.verified = kept, True
+
     def step(self, inputs, loss_fn: Callable) -> Teleportation:
         """One teleport: ascend the objective of loss_fn(model(inputs)) over the symmetries, from the identity.
 
@@ -98,18 +124,29 @@ class Teleporter:
         for each trial. Returns the Teleportation, its weights {name: parameter that may have moved}. Raises ValueError
         for a loss that is not a finite scalar, RuntimeError (parameters restored) if an exact symmetry moved the loss.
         """
+        self._verify(inputs)
         moving = {slot.name: self.parameters[slot.name] for s in self.symmetries for slot in s.slots}
+        outputs = []
+
+        def watched(output):
+            outputs.append(tensors_of(output))
+            return loss_fn(output)
+
         with torch.enable_grad(), kept_buffers(self.model), undone_on_error(moving) as undo:
-            loss, value, tangents, hidden = self._evaluate(inputs, loss_fn, derivative=True)
+            loss, value, tangents, hidden = self._evaluate(inputs, watched, derivative=True)
+            tangents = self._within_total_bound(tangents)
             for _ in range(1 + _HALVINGS):
                 if self._move(tangents, hidden):
-                    loss_after, value_after = self._evaluate(inputs, loss_fn)
+                    loss_after, value_after = self._evaluate(inputs, watched)
                     kept = abs(loss_after - loss) <= self.tolerance * (1 + abs(loss))
+                    change = 0.0 if self.action is not None else relative_change(outputs[0], outputs[-1])
+                    kept = kept and change <= self.tolerance
                     if kept and self.sign * (value_after - value) >= 0:
                         break
                     if self.action is None and not kept:
                         raise RuntimeError(
-                            f"teleporting moved the loss from {loss:.6g} to {loss_after:.6g} and was undone: it "
+                            f"teleporting moved the loss from {loss:.6g} to {loss_after:.6g}, the output by "
+                            f"{change:.2g} of its size, and was undone: it "
                             f"depends on some of these parameters in a way that the model's graph does not show\n{self}"
                         )
                 undo()
@@ -117,7 +154,7 @@ class Teleporter:
             else:
                 tangents, loss_after, value_after = [T * 0 for T in tangents], loss, value
         if self.action is None:
-            transport(self.parameters, self.optimizer, self.symmetries, tangents)
+            self._remember(tangents)
         return Teleportation(moving, loss, loss_after, value, value_after)
 
     def random_tangents(self, generator=None) -> list:
@@ -125,16 +162,77 @@ class Teleporter:
         random = (torch.randn(s.shape, generator=generator, dtype=torch.float64) for s in self.symmetries)
         return [s.steepest(D) * math.log(self.bound) for s, D in zip(self.symmetries, random)]
 
-    def apply(self, tangents: list) -> None:
-        """Move by exp(T), one T (Symmetry.shape, float64, CPU) for each exact symmetry; -T moves back exactly."""
+    def apply(self, tangents: list, inputs=None) -> None:
+        """Move by exp(T), one T (Symmetry.shape, float64, CPU) for each exact symmetry; -T moves back exactly.
+
+        inputs: as of `step`. If given, the symmetries are tried first and the outputs compared. Raises ValueError for
+        tangents of other shapes, not finite or beyond total_bound since the start; RuntimeError (parameters restored)
+        for a model that was changed after the Teleporter was made, and for outputs that moved.
+        """
         if self.action is not None:
             raise ValueError("a data-dependent action has no meaning without data: use step")
         if [tuple(T.shape) for T in tangents] != [s.shape for s in self.symmetries]:
             raise ValueError(f"tangents must have the shapes {[s.shape for s in self.symmetries]}")
         if not all(T.isfinite().all() for T in tangents):
             raise ValueError("tangents must be finite")
-        self._move(tangents)
+        count = len(self.symmetries)
+        self._verify(inputs)
+        if len(self.symmetries) != count:
+            raise RuntimeError(f"some symmetries changed the output when tried, nothing was moved\n{self}")
+        if any((a != b).any() for a, b in zip(tangents, self._within_total_bound(tangents))):
+            raise ValueError(f"tangents would scale by more than total_bound = {self.total_bound:g} since the start")
+        moving = {slot.name: self.parameters[slot.name] for s in self.symmetries for slot in s.slots}
+        with undone_on_error(moving):
+            before = self._output(inputs)
+            self._move(tangents)
+            change = relative_change(before, self._output(inputs))
+            if change > self.tolerance:
+                raise RuntimeError(f"moving changed the output by {change:.2g} of its size and was undone")
+        self._remember(tangents)
+
+    def _output(self, inputs):
+        if inputs is None:
+            return []
+        with torch.no_grad(), same_randomness(self.model), kept_buffers(self.model):
+            return tensors_of(called(self.model, inputs))
+
+    def _remember(self, tangents):
+        """Move the optimizer's state after the parameters, and note the move."""
         transport(self.parameters, self.optimizer, self.symmetries, tangents)
+        self.moves.append(list(zip(self.symmetries, tangents)))
+
+    def undo(self) -> None:
+        """Move back to where the orbit was entered, the latest move first, keeping what was trained in between.
+
+        Exact as every move is; bit for bit where all factors were powers of two (rescalings by `step` with the default
+        bound) and nothing under- or overflows.
+        """
+        self._verify(None)
+        while self.moves:
+            symmetries, tangents = zip(*self.moves.pop())
+            tangents = [-T for T in tangents]
+            with torch.no_grad():
+                for s, T in zip(symmetries, tangents):
+                    s.act_(self.parameters, T)
+            transport(self.parameters, self.optimizer, symmetries, tangents)
+
+    def _within_total_bound(self, tangents):
+        """The tangents, shortened where the factor since the start would leave [1/total_bound, total_bound]."""
+        if self.action is not None:
+            return tangents
+        limit, shortened = math.log(self.total_bound) + 1e-9, []
+        for s, T in zip(self.symmetries, tangents):
+            past = [move for moves in self.moves for symmetry, move in moves if symmetry is s]
+            if s.kind == "rescale":
+                total = sum(past, torch.zeros_like(T))
+                shortened.append(torch.where((total + T).abs() <= limit, T, total.sign() * limit - total))
+                continue
+            total = torch.eye(s.shape[-1], dtype=torch.float64)
+            for move in past:
+                total = torch.linalg.matrix_exp(move) @ total
+            size = torch.linalg.svdvals(torch.linalg.matrix_exp(T) @ total).log().abs().amax(-1)
+            shortened.append(torch.where((size <= limit)[:, None, None], T, 0 * T))
+        return shortened
 
     @torch.no_grad()
     def _move(self, tangents, hidden=None):
@@ -155,11 +253,10 @@ class Teleporter:
         """loss, objective; with derivative also the tangents of the steepest ascent and the inputs of hidden layers."""
         by_transport = self.objective is None and self.action is None
         second = derivative and not by_transport
-        args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
         read_by = [s.V for s in self.symmetries] if derivative and self.action is not None else []
         with same_randomness(self.model), recorded_inputs(self.model, read_by) as hidden:
             with sdpa_kernel(SDPBackend.MATH) if second else nullcontext():  # the others have no second derivative
-                loss = loss_fn(self.model(*args, **(inputs if isinstance(inputs, dict) else {})))
+                loss = loss_fn(called(self.model, inputs))
         if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad or not loss.isfinite():
             raise ValueError(f"loss_fn must return a finite scalar that depends on the parameters, got {loss}")
         W = self.parameters

@@ -1,0 +1,127 @@
+"""Proof by trial: symmetries are tried on real inputs before the first move, and the model is compared before each."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from teleporter.passes import kept_attributes, same_randomness
+
+_TRIAL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+
+
+def called(model, inputs):
+    """model(inputs): a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def tensors_of(output):
+    """Copies of the floating-point tensors in a model's output, whatever container holds them."""
+    leaves = tree_leaves(vars(output) if hasattr(output, "__dataclass_fields__") else output)
+    return [x.detach().clone() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def relative_change(before, after):
+    """The largest ‖after − before‖ / ‖before‖ of two lists of tensors; infinite if they are unlike or not finite."""
+    if [x.shape for x in before] != [x.shape for x in after]:
+        return float("inf")
+    largest = 0.0
+    for x, y in zip(before, after):
+        change = (y.double() - x.double()).norm() / x.double().norm().clamp_min(1e-30)
+        largest = max(largest, change.item() if change.isfinite() else float("inf"))
+    return largest
+
+
+@contextmanager
+def _disturbed(model, dtype):
+    """The model with other weights: a layer that starts at zero would hide what reads it. dtype: None keeps its own."""
+    parameters = {id(p): p for p in model.parameters()}.values()
+    before = [(t, t.data) for t in [*parameters, *model.buffers()] if t.is_floating_point()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for t, data in before:
+            t.data = data.to(dtype or data.dtype, copy=True)
+            if isinstance(t, nn.Parameter) and not t.is_meta:
+                noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
+                t.data += (0.1 * (data.abs().mean() + 0.1) * noise.to(data.device)).to(t.dtype)
+        yield
+    finally:
+        for t, data in before:
+            t.data = data
+
+
+def refuted(model, parameters, symmetries, inputs):
+    """{name: relative change of the outputs} of the symmetries that change them, tried with a random element each.
+
+    The model itself is tried, with disturbed weights, in float64 or, where that fails, in its own dtype, and put back
+    bit for bit. Costs two forward passes; one more for each symmetry if something is wrong.
+    """
+    cast = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+    with torch.no_grad():
+        try:
+            return _tried(model, parameters, symmetries, cast, torch.float64)
+        except (RuntimeError, TypeError, ValueError):  # some constant of the forward pass keeps its dtype
+            return _tried(model, parameters, symmetries, inputs, None)
+
+
+def _tried(model, parameters, symmetries, inputs, dtype):
+    generator = torch.Generator().manual_seed(1)
+    random = [2 * torch.rand(s.shape, generator=generator, dtype=torch.float64) - 1 for s in symmetries]
+    random = [T if s.kind == "rescale" else T / s.shape[-1] for s, T in zip(symmetries, random)]
+    tolerance = _TRIAL_TOLERANCE[dtype or next(iter(parameters.values())).dtype]
+
+    def output():
+        with same_randomness(model), kept_attributes(model):
+            return tensors_of(called(model, inputs))
+
+    def move(pairs, sign=1):
+        for s, T in pairs:
+            s.act_(parameters, sign * T)
+
+    with _disturbed(model, dtype):
+        before, pairs = output(), list(zip(symmetries, random))
+        move(pairs)
+        if relative_change(before, output()) <= tolerance:
+            return {}
+        move(pairs, -1)
+        found = {}
+        for s, T in pairs:
+            move([(s, T)])
+            change = relative_change(before, output())
+            move([(s, T)], -1)
+            if change > tolerance:
+                found[s.name] = change
+        return found
+
+
+_NORMALIZERS = (nn.modules.batchnorm._NormBase,)
+
+
+def fingerprint(model):
+    """{what: value, compared by identity or equality} of all that the finder's map rests on."""
+    marks = {}
+    for name, m in model.named_modules(remove_duplicate=False):
+        marks[f"module {name or 'model'}"] = (m, type(m), vars(m).get("forward"), type(m).forward)
+        marks[f"hooks of {name or 'model'}"] = (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+        if isinstance(m, _NORMALIZERS):
+            marks[f"training mode of {name}"] = m.training
+    for name, p in model.named_parameters(remove_duplicate=False):
+        marks[f"parameter {name}"] = (p, tuple(p.shape), p.dtype, p.device, p.requires_grad)
+    return marks
+
+
+def difference(before, after):
+    """What differs between two fingerprints, in words; None if nothing."""
+
+    def same(a, b):
+        pairs = zip(a, b) if isinstance(a, tuple) else [(a, b)]
+        alike = (x is y or (not isinstance(x, Tensor | nn.Module) and x == y) for x, y in pairs)
+        return type(a) is type(b) and (not isinstance(a, tuple) or len(a) == len(b)) and all(alike)
+
+    for what in {**before, **after}:
+        if what not in before or what not in after or not same(before[what], after[what]):
+            return f"{what} is not what it was when the Teleporter was made"
+    return None
