@@ -71,7 +71,7 @@ class Mixing(nn.Module):
             return self.mixed(F.relu(self.norm(self.conv(x)))).mean((1, 2))[:, None] + self.sound(x[:, 0, :2])
         h, rest = F.relu(self.conv(x)), self.sound(x[:, :, 0, 0])
         if self.kind == "view":
-            return self.mixed(h.view(len(x) * 4, 16)).view(len(x), 4, 2).sum(1) + rest
+            return self.mixed(h.view(x.shape[0] * 4, 16)).view(x.shape[0], 4, 2).sum(1) + rest
         if self.kind == "floor":
             return self.mixed(torch.div(h, 0.3, rounding_mode="floor").mean((2, 3))) + rest
         return self.mixed(F.avg_pool3d(h, (2, 1, 1)).flatten(1)) + rest
