@@ -1,4 +1,4 @@
-"""Paper A, Figure 7: how far a shifted minimum is from a curve of curvature κ through the origin.
+"""ICLR 2024, Section 4, Figure 7: how far a shifted minimum is from a curve of curvature κ through the origin.
 
 The quantity is the mean distance to the curve from the circle of radius r around the origin, divided by r:
 
@@ -7,21 +7,23 @@ The quantity is the mean distance to the curve from the circle of radius r aroun
 for γ_1 the parabola y = κx²/2 and for γ_2 the circle of radius 1/κ, both touching the x-axis at the origin. A straight
 line (κ = 0) gives 2/π. Scaling the picture shows that it depends on κr alone.
 
-Distances are exact: in closed form, or with --method shapely to a refined polyline, an independent check. Arm
-`published`: the published parabola, a polyline with a vertex every 0.1 in x, which is coarse once r is near 0.1.
+Distances are exact: in closed form, or with --method shapely to a refined polyline, an independent check. Controls,
+in a second figure: all radii against κr alone, drawn on beyond the paper's range (its circles end at κr = 1, before
+they turn); and the arm `published`, a parabola with a vertex every 0.1 in x, which is coarse once r is near 0.1.
 """
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import shapely
+from scipy.optimize import minimize_scalar
 
 from common import cli, plots
-from common.claims import Claim, Verdict, grade, table
+from common.claims import Claim, Published, Verdict, grade, table
 from common.run import Outcome
 
 CLAIM = Claim(
@@ -37,6 +39,14 @@ CLAIM = Claim(
 )
 
 
+# What the published code gives at the largest κ of each radius, run in float64: (curve, κ): {r: 1/r E dist}.
+PUBLISHED = {
+    ("parabola", 79.8): {2.0: 0.778284734, 1.0: 0.765509726, 0.5: 0.750744962, 0.2: 0.749692585, 0.1: 0.749692583},
+    ("circle", 10.0): {0.1: 0.598742718, 0.05: 0.629554482, 0.02: 0.635548583, 0.01: 0.6363539, 0.005: 0.6365508},
+}
+FLAT = 2 / math.pi  # the mean distance of a circle's points to a straight line through its centre, over the radius
+
+
 @dataclass(frozen=True)
 class Settings:
     parabola_radii: tuple = (2.0, 1.0, 0.5, 0.2, 0.1)
@@ -49,7 +59,9 @@ class Settings:
 
 
 METHODS = ("closed-form", "shapely")
-PRESETS = {"tiny": Settings(every=12), "quick": Settings(), "paper": Settings()}
+PAPER = Settings()
+PRESETS = {"tiny": replace(PAPER, every=12), "quick": PAPER, "paper": PAPER}
+SCALED = np.geomspace(0.02, 200, 400)  # κr of the controls' figure
 
 
 # Distances in closed form
@@ -203,75 +215,117 @@ def published_curvatures(name, every):
 
 def experiment(run):
     s = run.settings
-    metrics, arrays, timings = {}, {}, {}
+    metrics, arrays, timings = {}, {"scaled_kappa_r": SCALED}, {}
     for name, curve in CURVES.items():
         kappa, r = published_curvatures(name, s.every), np.array(getattr(s, f"{name}_radii"))
         distance = shapely_distance(curve, s.segments, run.progress) if s.method == "shapely" else curve.distance
         start = time.perf_counter()
         value, error = mean_distance(curve, kappa, r, s.step, distance)
         timings[name] = time.perf_counter() - start
-        # What the scaling argument promises, measured: the same numbers at radius 1 and curvature κr.
-        scaled, _ = mean_distance(curve, (kappa[:, None] * r).ravel(), 1.0, s.step)
-        lowest = np.unravel_index(value.argmin(), value.shape)
-        metrics[name] = {
-            "relative_error_estimate": (error / value).max(0),
-            "difference_from_radius_1": np.abs(scaled.reshape(value.shape) - value).max(),
-            "smallest_value": value[lowest],
-            "smallest_at_kappa_r": kappa[lowest[0]] * r[lowest[1]],
-        }
         arrays |= {f"{name}_kappa": kappa, f"{name}_r": r, f"{name}_value": value, f"{name}_error_estimate": error}
-        if name == "parabola":
-            start = time.perf_counter()
-            published, published_error = published_mean_distance(kappa, r, s.published_angles)
-            timings["published_parabola"] = time.perf_counter() - start
-            metrics[name] |= {
-                "published_relative_error": np.abs(published / value - 1).max(0),
-                "published_relative_quadrature_error_estimate": (published_error / published).max(),
-            }
-            arrays["parabola_published"] = published
+        arrays[f"{name}_scaled"] = mean_distance(curve, SCALED, 1.0, s.step)[0][:, 0]
+        metrics[name] = summary(curve, kappa, r, value, error, s.step)
+    kappa, r, value = (arrays[f"parabola_{key}"] for key in ("kappa", "r", "value"))
+    start = time.perf_counter()
+    published, published_error = published_mean_distance(kappa, r, s.published_angles)
+    timings["published_parabola"] = time.perf_counter() - start
+    metrics["parabola"] |= {
+        "published_relative_error": np.abs(published / value - 1).max(0),
+        "published_quadrature_error": (published_error / published).max(),
+    }
+    arrays["parabola_published"] = published
     return Outcome(metrics, arrays, timings=timings)
+
+
+def summary(curve, kappa, r, value, error, step):
+    """Numbers of one curve; among them what the scaling argument promises, measured."""
+    scaled, _ = mean_distance(curve, (kappa[:, None] * r).ravel(), 1.0, step)  # the same at radius 1 and curvature κr
+    turn = minimize_scalar(
+        lambda a: mean_distance(curve, a, 1.0, step)[0][0, 0], bounds=(0.1, 4), options={"xatol": 1e-8}
+    )
+    lowest = np.unravel_index(value.argmin(), value.shape)
+    return {
+        "relative_error_estimate": (error / value).max(0),
+        "difference_from_radius_1": np.abs(scaled.reshape(value.shape) - value).max(),
+        "smallest_value": value[lowest],
+        "smallest_at_kappa_r": kappa[lowest[0]] * r[lowest[1]],
+        "turn_at": turn.x,  # κr beyond which the mean distance rises, inside the paper's range or not
+        "turn_value": turn.fun,
+    }
 
 
 def judge(outcome):
     m = outcome.metrics
     parabola, circle = m["parabola"], m["circle"]
-    flat = 2 / math.pi  # the mean distance of a circle's points to a straight line through its centre, over the radius
-    depends = [abs(curve["smallest_value"] / flat - 1) > 0.01 for curve in (parabola, circle)]
+    depends = [abs(curve["smallest_value"] / FLAT - 1) > 0.01 for curve in (parabola, circle)]
     return Verdict(
         grade(all(depends), any(depends)),
         "one of the two curves only",
-        f"It does, but not monotonically: the parabola's is {flat:.3f} r without curvature, least, "
-        f"{parabola['smallest_value']:.3f} r, at κr = {parabola['smallest_at_kappa_r']:.2g}, and grows from there on. "
-        f"All radii fall on one curve of κr (to {parabola['difference_from_radius_1']:.0e}); the published polyline "
-        f"is off by up to {max(parabola['published_relative_error']):.0%}.",
+        f"It does, but not monotonically: the parabola's is {FLAT:.3f} r without curvature, least, "
+        f"{parabola['turn_value']:.3f} r, at κr = {parabola['turn_at']:.3f}, and grows from there on; the circle's "
+        f"turns at κr = {circle['turn_at']:.3f} ({circle['turn_value']:.3f} r), beyond the figure's end. Radii fall "
+        f"on one curve of κr (to {parabola['difference_from_radius_1']:.0e}); the published polyline is off by up to "
+        f"{max(parabola['published_relative_error']):.0%}.",
+        number=f"least {parabola['turn_value']:.3f} r at κr = {parabola['turn_at']:.2f}, {FLAT:.3f} r when straight",
+        published=published_rows(outcome.arrays),
     )
 
 
+def published_rows(arrays):
+    """The recorded values beside ours: the parabola's by the published polyline, whose exact values stand beside."""
+    rows = []
+    for (name, kappa), values in PUBLISHED.items():
+        at = np.isclose(arrays[f"{name}_kappa"], kappa)
+        for j, r in enumerate(arrays[f"{name}_r"] if at.any() else ()):
+            exact = float(arrays[f"{name}_value"][at, j][0])
+            ours = float(arrays["parabola_published"][at, j][0]) if name == "parabola" else exact
+            source = "the published code, run in float64"
+            setting = f"the published polyline; exact: {exact:.6f}" if name == "parabola" else "exact distances"
+            what = f"{name}, κ = {kappa:g}, r = {r:g}: mean distance / r"
+            rows.append(
+                Published(what, values[float(r)], round(ours, 9), source, setting, abs(ours / values[r] - 1) < 1e-4)
+            )
+    return rows
+
+
+def mean_label(number):
+    return rf"$\frac{{1}}{{r}}\,\mathbb{{E}}_{{S_r}}\,\mathrm{{dist}}(w, \gamma_{number})$"
+
+
 def plot(outcome, settings, save):
+    """Figure 7: a panel a curve, a line a radius."""
     arrays = outcome.arrays
-    for number, (name, curve) in enumerate(CURVES.items(), 1):
+    figure, (axes,) = plots.panels(1, 2, width=3.9, height=3.3)
+    for number, (ax, (name, curve)) in enumerate(zip(axes, CURVES.items()), 1):
         kappa, r, value = (arrays[f"{name}_{key}"] for key in ("kappa", "r", "value"))
-        published = arrays.get(f"{name}_published")
-        columns = 2 if published is None else 3
-        figure, ((ax, scaled, *rest),) = plots.panels(1, columns, width=3.9, height=3.3)
         for i, radius in enumerate(r):
-            style, label = plots.style(i), f"$r = {radius:g}$"
-            ax.plot(kappa, value[:, i], label=label, **style)
+            ax.plot(kappa, value[:, i], label=f"$r = {radius:g}$", **plots.style(i))
+        ax.set(xlabel=r"$\kappa$", ylabel=mean_label(number), title=curve.formula)
+        ax.margins(y=0.12)
+        ax.legend(fontsize=7, ncols=3, handlelength=2, loc="upper left" if name == "parabola" else "lower left")
+    save(figure)
+    save(plot_controls(arrays), "controls")
+
+
+def plot_controls(arrays):
+    """All radii against κr, on beyond the paper's range; how far the published polyline is off."""
+    figure, ((parabola, circle, error),) = plots.panels(1, 3, width=3.9, height=3.3)
+    for number, (ax, name) in enumerate(zip((parabola, circle), CURVES), 1):
+        kappa, r, value = (arrays[f"{name}_{key}"] for key in ("kappa", "r", "value"))
+        ax.plot(arrays["scaled_kappa_r"], arrays[f"{name}_scaled"], color="0.6", linewidth=3, label="any r")
+        for i, radius in enumerate(r):
             marks = plots.style(i, marker=True) | {"markevery": (0.02 * i, 0.1), "linewidth": 0.8}  # side by side
-            scaled.plot((kappa * radius)[kappa > 0], value[kappa > 0, i], label=label, **marks)
-            if published is not None:
-                ax.plot(kappa, published[:, i], **style | {"linewidth": 0.7, "alpha": 0.8})
-                rest[0].semilogy(kappa[1:], np.abs(published / value - 1)[1:, i], **style)
-        mean = rf"$\frac{{1}}{{r}}\,\mathbb{{E}}_{{S_r}}\,\mathrm{{dist}}(w, \gamma_{number})$"
-        ax.set(xlabel=r"$\kappa$", ylabel=mean, title=curve.formula)
-        scaled.set(xlabel=r"$\kappa r$", ylabel=mean, title=r"exact, against $\kappa r$", xscale="log")
-        scaled.axhline(2 / np.pi, color="#999999", linewidth=0.7, zorder=0, label=r"$2/\pi$: straight line")
-        if published is not None:
-            ax.set_title(f"{curve.formula} (thin: published polyline)", fontsize=10)
-            rest[0].set(xlabel=r"$\kappa$", ylabel="relative error", title="published polyline")
-        for axes in (ax, scaled) if published is None else (scaled,):  # the parabola's curves leave no room in ax
-            axes.legend(fontsize=8)
-        save(figure, name)
+            ax.plot((kappa * radius)[kappa > 0], value[kappa > 0, i], label=f"$r = {radius:g}$", **marks)
+        ax.axhline(FLAT, color="#999999", linewidth=0.7, zorder=0, label=r"$2/\pi$: straight line")
+        ax.set(xlabel=r"$\kappa r$", ylabel=mean_label(number), title=f"{name}, exact", xscale="log")
+        ax.legend(fontsize=8)
+    kappa, r, value = (arrays[f"parabola_{key}"] for key in ("kappa", "r", "value"))
+    for i, radius in enumerate(r):
+        off = np.abs(arrays["parabola_published"][1:, i] / value[1:, i] - 1)
+        error.semilogy(kappa[1:], off, label=f"$r = {radius:g}$", **plots.style(i))
+    error.set(xlabel=r"$\kappa$", ylabel="relative error", title="the published polyline of the parabola")
+    error.legend(fontsize=8, ncols=2)
+    return figure
 
 
 def report(outcome, settings):
@@ -288,11 +342,8 @@ def report(outcome, settings):
                 [name, f"{radius:g}", f"{kappa[last] * radius:g}", f"{value[last, i]:.9f}", f"{estimate:.0e}", wrong]
             )
     header = ["curve", "r", "largest κr", "value there", "error estimate", "published: largest error"]
-    low = outcome.metrics["parabola"]
-    sentence = (
-        f"The parabola's curve is not monotone: it falls from 2/π to {low['smallest_value']:.4f} "
-        f"at κr = {low['smallest_at_kappa_r']:.2f} and then rises."
-    )
+    turns = (f"{name} {m['turn_value']:.6f} at κr = {m['turn_at']:.6f}" for name, m in outcome.metrics.items())
+    sentence = f"Neither curve is monotone: both fall from 2/π and turn, {' and '.join(turns)}."
     return table(header, rows) + f"\n\n{sentence}\ncomputing: {sum(outcome.timings.values()):.2f} s"
 
 
