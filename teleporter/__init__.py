@@ -31,11 +31,14 @@ gradient G therefore gives the gradient norm on the whole orbit, and its derivat
 It equals what a Hessian-vector product would give, 2 (Σ_writers HG Wᵀ − Σ_readers W (HG)ᵀ), which is what any other
 objective uses. The norm has no maximum on the orbit: `bound` makes one.
 
-`level_set_teleport` needs no symmetry (Mishkin, Bietti, Gower, AISTATS 2025, arXiv 2403.03362).
+Two need no symmetry: `level_set_teleport` (Mishkin, Bietti, Gower, AISTATS 2025, arXiv 2403.03362) stays below the loss
+of a batch; `null_space_teleport` (after Wu, Dong, Aloui, Tarokh 2025, arXiv 2502.11362) changes each layer only where
+its inputs on a batch do not reach.
 """
 
 from teleporter.level_set import level_set_teleport
+from teleporter.null_space import null_space_teleport
 from teleporter.symmetry import Attention, Pair
 from teleporter.teleporter import Teleporter
 
-__all__ = ["Attention", "Pair", "Teleporter", "level_set_teleport"]
+__all__ = ["Attention", "Pair", "Teleporter", "level_set_teleport", "null_space_teleport"]

@@ -29,7 +29,7 @@ def test_the_wheel_holds_the_library_alone_and_works_outside_the_repository(tmp_
     elsewhere.mkdir()
     program = (
         "import sys, teleport, teleporter; from torch import nn\n"
-        "from teleporter import Attention, Pair, Teleporter, level_set_teleport\n"
+        "from teleporter import Attention, Pair, Teleporter, level_set_teleport, null_space_teleport\n"
         "Teleporter(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))\n"
         "print(teleport.__file__, teleporter.__file__)"
     )
