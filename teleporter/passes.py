@@ -12,7 +12,7 @@ def gradient(value, parameters, create_graph=False):
     G = torch.autograd.grad(
         value, list(parameters.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
-    return dict(zip(parameters, G))
+    return {name: g.to_dense() if g.is_sparse else g for name, g in zip(parameters, G)}
 
 
 @contextmanager

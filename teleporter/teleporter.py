@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from teleport import Teleportation, postactivation_action, preactivation_action
 from teleporter.finder import Finder
 from teleporter.passes import gradient, kept_buffers, recorded_inputs, same_randomness, undone_on_error
-from teleporter.state import transport
+from teleporter.state import checked, copies, notes, resolve_unknown, transport
 from teleporter.symmetry import Attention, Pair
 from teleporter.verify import called, difference, fingerprint, refuted, relative_change, tensors_of
 
@@ -28,9 +28,12 @@ class Teleporter:
     must be differentiable in them (through torch.autograd.grad(..., create_graph=True) if it uses gradients). maximize:
     False makes it smaller. bound: one step scales every channel, and every singular value of an attention element, by a
     factor within [1/bound, bound]; of a data-dependent action, log(bound) is the Frobenius norm of its tangent. With 2,
-    the default, rescalings are by powers of two, which floating point does without any rounding. optimizer: its running
-    means of gradients (momentum) and of their squares (Adam, RMSprop, Adagrad) move with the gradients, to what they
-    would be had the past gradients been taken at the moved weights; everything else in it is kept. tolerance: the drift
+    the default, rescalings are by powers of two, which floating point does without any rounding. optimizer: one or a
+    list; what it remembers moves to what it would be had the past gradients been taken at the moved weights (state.py;
+    a tensor of unknown kind is an error unless on_unknown_state is "keep" or "reset", to zero). What cannot move
+    exactly, as coupled weight decay, is printed with the symmetries, or with strict=True an error. averaged: a copy of
+    the model that averages its weights (torch.optim.swa_utils.AveragedModel, an EMA, a dict), or a list of them; it
+    moves too. tolerance: the drift
     allowed, relative to 1 + |loss|, and the change of the output, relative to its size. inputs: what `step` takes; with
     them the symmetries are tried at once, otherwise before the first step: each is moved by a random element, on the
     model with disturbed weights in float64 (in its own dtype where that fails), which is then put back; one that
@@ -47,13 +50,16 @@ class Teleporter:
     """
 
     def __init__(self, model, symmetries="auto", objective="gradient_norm", bound=2.0, *, maximize=True, optimizer=None,
-                 tolerance=1e-3, inputs=None, total_bound=2.0**20):  # fmt: skip
+                 averaged=None, strict=False, on_unknown_state=None, tolerance=1e-3, inputs=None,
+                 total_bound=2.0**20):  # fmt: skip
         if not 1 < bound < math.inf:
             raise ValueError(f"bound must be a finite factor above 1, got {bound}")
         if not bound <= total_bound < math.inf:
             raise ValueError(f"total_bound must be finite and not below bound, got {total_bound}")
         if not callable(objective) and objective != "gradient_norm":
             raise ValueError(f'objective must be "gradient_norm" or callable(loss, parameters), got {objective!r}')
+        if on_unknown_state not in (None, "keep", "reset"):
+            raise ValueError(f'on_unknown_state must be None, "keep" or "reset", got {on_unknown_state!r}')
         items = [symmetries] if isinstance(symmetries, str) else list(symmetries)
         for item in items:
             if not isinstance(item, Pair | Attention) and item not in ("auto", "rescale", "attention", *_ACTIONS):
@@ -63,6 +69,7 @@ class Teleporter:
             raise ValueError("symmetries: a data-dependent action must stand alone")
         self.model, self.bound, self.sign, self.tolerance = model, bound, 1 if maximize else -1, tolerance
         self.objective, self.optimizer = objective if callable(objective) else None, optimizer
+        self.averaged, self.strict, self.on_unknown_state = averaged, strict, on_unknown_state
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.symmetries, self.left_alone = [], {}
         self._find(items)
@@ -70,6 +77,7 @@ class Teleporter:
             raise ValueError(f"no symmetry found: {self.left_alone or 'no layers that could be joined'}")
         self.total_bound, self.moves, self.verified = total_bound, [], self.action is not None
         self.fingerprint = fingerprint(model)
+        self._followers()
         if inputs is not None:
             self._verify(inputs)
 
@@ -95,13 +103,32 @@ class Teleporter:
     def __repr__(self):
         lines = [(s.kind, f"{s.name} {'×'.join(map(str, s.shape))}") for s in self.symmetries]
         lines += [("left alone", f"output of {name}: {reason}") for name, reason in self.left_alone.items()]
+        lines += [("not exact", note) for note in self._notes()]
         return "Teleporter(\n" + "".join(f"  {kind:<11} {what}\n" for kind, what in lines) + ")"
+
+    def _moving(self):
+        return {slot.name: self.parameters[slot.name] for s in self.symmetries for slot in s.slots}
+
+    def _notes(self):
+        return notes(self._moving(), checked(self.optimizer, {}), self.symmetries)
+
+    def _followers(self):
+        """What moves with the parameters: optimizers and averaged copies. ValueError if one of them cannot."""
+        optimizers = checked(self.optimizer, self._moving())
+        resolve_unknown(self._moving(), optimizers, self.on_unknown_state and "keep")
+        if self.strict and self._notes():
+            raise ValueError(f"strict: not exact: {'; '.join(self._notes())}")
+        return optimizers, copies(self.averaged, self._moving())
+
+    def _transport(self, symmetries, tangents):
+        transport(self.parameters, *self._followers(), symmetries, tangents, self.on_unknown_state)
 
     def _verify(self, inputs):
         """Check that nothing changed since the model was searched and, once, try every symmetry on these inputs."""
         change = difference(self.fingerprint, fingerprint(self.model))
         if change is not None:
             raise RuntimeError(f"{change}: make a new Teleporter")
+        self._followers()
         if self.verified or inputs is None:
             return
         wrong = refuted(self.model, self.parameters, self.symmetries, inputs)
@@ -125,7 +152,7 @@ class Teleporter:
         for a loss that is not a finite scalar, RuntimeError (parameters restored) if an exact symmetry moved the loss.
         """
         self._verify(inputs)
-        moving = {slot.name: self.parameters[slot.name] for s in self.symmetries for slot in s.slots}
+        moving = self._moving()
         outputs = []
 
         def watched(output):
@@ -181,7 +208,7 @@ class Teleporter:
             raise RuntimeError(f"some symmetries changed the output when tried, nothing was moved\n{self}")
         if any((a != b).any() for a, b in zip(tangents, self._within_total_bound(tangents))):
             raise ValueError(f"tangents would scale by more than total_bound = {self.total_bound:g} since the start")
-        moving = {slot.name: self.parameters[slot.name] for s in self.symmetries for slot in s.slots}
+        moving = self._moving()
         with undone_on_error(moving):
             before = self._output(inputs)
             self._move(tangents)
@@ -198,7 +225,7 @@ class Teleporter:
 
     def _remember(self, tangents):
         """Move the optimizer's state after the parameters, and note the move."""
-        transport(self.parameters, self.optimizer, self.symmetries, tangents)
+        self._transport(self.symmetries, tangents)
         self.moves.append(list(zip(self.symmetries, tangents)))
 
     def undo(self) -> None:
@@ -214,7 +241,7 @@ class Teleporter:
             with torch.no_grad():
                 for s, T in zip(symmetries, tangents):
                     s.act_(self.parameters, T)
-            transport(self.parameters, self.optimizer, symmetries, tangents)
+            self._transport(symmetries, tangents)
 
     def _within_total_bound(self, tangents):
         """The tangents, shortened where the factor since the start would leave [1/total_bound, total_bound]."""
