@@ -4,12 +4,15 @@ A stack trains S seeds × K settings of the optimizer, members ordered (S, K): t
 factors and its mini-batches, which differ from seed to seed.
 """
 
+import factors
+import numpy as np
 import torch
 from torch.nn.functional import avg_pool2d, leaky_relu_, log_softmax
 
 from common.mlp import StackedMLP, initial_weights
 
 SLOPE = 0.1
+WINDOW = 20  # steps: mini-batch losses are averaged over windows before the logarithm
 
 
 def small_images(x: torch.Tensor, quarter_turns: int = 0) -> torch.Tensor:
@@ -109,3 +112,77 @@ class Images:
             z = self._forward(pairs, x.T.unsqueeze(0))[2]
             total = total - log_softmax(z, 1).gather(1, y.expand(len(z), 1, -1)).sum((1, 2))
         return total / len(self.x_test)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and tuning: points (i, j) of a grid of rates × ratios
+
+MANTISSAS = (1, 1.5, 2, 3, 5, 7)
+
+
+def point(ij):
+    """(rate, ratio) of the grid's point: geometric mean of the two factors' rates, and B's over A's."""
+    i, j = (int(x) for x in ij)
+    return MANTISSAS[i % 6] * 10.0 ** (i // 6 - 3), 2.0**j
+
+
+def search(score, start, strides, limit=60):
+    """The point of the grid that no neighbour beats, by steps of each stride in turn, and {point: score} of all tried.
+
+    score(points) -> their scores. The point is None if `limit` scores did not suffice, or nothing was finite.
+    """
+    scores, centre = {}, start
+    for di, dj in strides:
+        while True:
+            i, j = centre
+            around = list(dict.fromkeys([(i, j), (i + di, j), (i - di, j), (i, j + dj), (i, j - dj)]))
+            new = [p for p in around if p not in scores]
+            scores.update(zip(new, score(new) if new else []))
+            best = min(around, key=scores.get)
+            if len(scores) > limit:
+                return None, scores
+            if scores[best] >= scores[centre]:
+                break
+            centre = best
+    return (centre if np.isfinite(scores[centre]) else None), scores
+
+
+def train(task, setting, arm, points, seeds, held_out=False):
+    """All points (K) and seeds (S) of an arm as one stack, in a setting (both as rotation.py defines them).
+
+    Returns train_loss (S, K, windows), and held_out (S, K, 4), over the last quarter, if asked for.
+    """
+    steps, S, K = setting.steps, len(seeds), len(points)
+    task.scale = arm.scale
+    rate, ratio = torch.tensor([point(p) for p in points], dtype=torch.float32).repeat(S, 1).T
+    pairs = initial_pairs(task.shapes, setting.rank, setting.init, seeds, K)
+    options = dict(arm.options, betas=(0.9, setting.beta2), weight_decay=setting.weight_decay)
+    optimizer = arm.kind(pairs, rate, ratio, **options)
+    generator = torch.Generator().manual_seed(seeds[0])
+    losses, held = [], []
+    looks = [round(steps * x) for x in (0.75, 5 / 6, 11 / 12, 1)]
+    early = setting.init == "gaussian" and arm.element in ("balance", "singular_basis")
+    if early:
+        teleport(optimizer, arm.element, generator)
+    for t, batch in enumerate(task.batches(seeds, setting.batch, steps), 1):
+        loss, gradients = task.gradients(optimizer.pairs(), batch)
+        losses.append(loss)
+        optimizer.step(gradients)
+        if t == arm.at and not early or arm.every and t % arm.every == 0:
+            teleport(optimizer, arm.element, generator)
+        if held_out and t in looks:
+            held.append(task.held_out(optimizer.pairs()))
+    windows = torch.stack(losses, -1).view(S, K, -1, min(WINDOW, steps)).mean(-1)
+    result = {"train_loss": windows.numpy()}
+    return result | {"held_out": torch.stack(held, -1).view(S, K, -1).numpy()} if held_out else result
+
+
+def teleport(optimizer, element, generator):
+    if element == "reset":
+        optimizer.reset()
+    elif element == "random":
+        optimizer.rotate(factors.random_rotations(optimizer, generator))
+    elif element == "eigenbasis":
+        optimizer.rotate(factors.eigenbasis(optimizer))
+    else:
+        optimizer.move(getattr(factors, element)(optimizer))
