@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,6 +36,7 @@ from adaptation import point, search, train  # noqa: E402
 from common import cli, plots  # noqa: E402
 from common.claims import UNDECIDED, Claim, Verdict, grade, listed, table  # noqa: E402
 from common.run import Outcome  # noqa: E402
+from common.statistics import compare, family, percent  # noqa: E402
 
 CLAIM = Claim(
     order=200,
@@ -55,7 +55,6 @@ CLAIM = Claim(
     headline=True,
     source="Ours",
 )
-MARGIN = 1.0  # per cent of the baseline's loss: what counts as equivalent
 
 
 class Arm(NamedTuple):
@@ -218,11 +217,10 @@ def effects(arrays, arms):
             result[setting][rates] = {}
             for measure in ("train_loss", "held_out"):
                 numbers = {a: number(arrays[f"{setting}.{a}/{rates}_{measure}"]) for a in names}
-                found = {a: against(numbers[a], numbers["none"]) for a in names if a != "none"}
-                holm(found)
-                for a, effect in found.items():
-                    interior = all(arrays[f"{setting}.{b}/{rates}_interior"] for b in (a, "none"))
-                    effect["word"] = word(effect) if interior else "undecided"
+                found = compared({a: (numbers[a], numbers["none"]) for a in names if a != "none"})
+                for a in found:
+                    if not all(arrays[f"{setting}.{b}/{rates}_interior"] for b in (a, "none")):
+                        found[a]["word"] = "undecided"  # an arm without a best rate
                 result[setting][rates][measure] = found
     return result
 
@@ -232,10 +230,8 @@ def against_peers(arrays, s):
     result = {}
     for measure in ("train_loss", "held_out"):
         numbers = {a: number(arrays[f"{s.settings[0]}.{a}/tuned_{measure}"]) for a in s.arms}
-        result[measure] = {a: against(numbers["every_2"], numbers[a]) for a in PEERS if a in s.arms}
-        holm(result[measure])
-        for effect in result[measure].values():
-            effect["word"] = word(effect)
+        peers = [a for a in PEERS if a in s.arms]
+        result[measure] = compared({a: (numbers["every_2"], numbers[a]) for a in peers})
     return result
 
 
@@ -244,42 +240,15 @@ def number(curve):
     return np.log(np.asarray(curve, float)).mean(-1)
 
 
-def against(mine, theirs):
-    """Paired difference of logarithms in per cent: mean, 95 and 90 % intervals, p-value, smallest effect shown."""
-    d = 100 * (mine - theirs)
-    n, mean, error = len(d), d.mean(), d.std(ddof=1) / np.sqrt(len(d))
-    low, high = (mean + sign * stats.t.ppf(0.975, n - 1) * error for sign in (-1, 1))
-    inner = stats.t.ppf(0.95, n - 1) * error
-    p = 2 * stats.t.sf(abs(mean) / error, n - 1) if error > 0 else 1.0
-    shown = (stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)) * error  # with 80 % power
-    return {
-        "mean": mean,
-        "low": low,
-        "high": high,
-        "low_90": mean - inner,
-        "high_90": mean + inner,
-        "p": p,
-        "shown": shown,
-    }
-
-
-def holm(found):
-    """Holm's adjusted p-values over a family, into "p_holm"."""
-    largest = 0.0
-    for k, effect in enumerate(sorted(found.values(), key=lambda e: e["p"])):
-        largest = max(largest, min(1.0, effect["p"] * (len(found) - k)))
-        effect["p_holm"] = largest
-
-
-def word(effect):
-    """better, worse, equivalent (90 % interval within the margin) or undecided."""
-    if effect["p_holm"] < 0.05:
-        return "better" if effect["mean"] < 0 else "worse"
-    return "equivalent" if -MARGIN < effect["low_90"] and effect["high_90"] < MARGIN else "undecided"
+def compared(pairs):
+    """{name: (numbers, reference numbers)} -> {name: Comparison as a dictionary}, one family; in log ratios."""
+    found = family([compare(mine, theirs, relative=False) for mine, theirs in pairs.values()])
+    return {name: c._asdict() for name, c in zip(pairs, found)}
 
 
 def say(effect):
-    return f"{effect['mean']:+.1f} [{effect['low']:+.1f}, {effect['high']:+.1f}] %"
+    mean, low, high = (percent(effect[key]) for key in ("effect", "low", "high"))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] %"
 
 
 def judge(outcome):
@@ -370,7 +339,7 @@ def plot_settings(found, s):
 
 
 def errors(ax, found, shift, label):
-    mean, low, high = (np.array([e[k] for e in found]) for k in ("mean", "low", "high"))
+    mean, low, high = (np.array([percent(e[k]) for e in found]) for k in ("effect", "low", "high"))
     y = np.arange(len(found)) + 0.24 * shift - 0.12
     look = {"color": plots.COLORS[shift + 1], "marker": plots.MARKERS[shift], "linestyle": "none", "markersize": 4}
     ax.errorbar(mean, y, xerr=[mean - low, high - mean], label=label, capsize=2, **look)
