@@ -4,6 +4,8 @@ A stack trains S seeds × K settings of the optimizer, members ordered (S, K): t
 factors and its mini-batches, which differ from seed to seed.
 """
 
+import time
+
 import factors
 import numpy as np
 import torch
@@ -150,7 +152,7 @@ def search(score, start, strides, limit=60):
 def train(task, setting, arm, points, seeds, held_out=False):
     """All points (K) and seeds (S) of an arm as one stack, in a setting (both as rotation.py defines them).
 
-    Returns train_loss (S, K, windows), and held_out (S, K, 4), over the last quarter, if asked for.
+    Returns train_loss (S, K, windows), memory, and held_out (S, K, 4), over the last quarter, if asked for.
     """
     steps, S, K = setting.steps, len(seeds), len(points)
     task.scale = arm.scale
@@ -173,7 +175,7 @@ def train(task, setting, arm, points, seeds, held_out=False):
         if held_out and t in looks:
             held.append(task.held_out(optimizer.pairs()))
     windows = torch.stack(losses, -1).view(S, K, -1, min(WINDOW, steps)).mean(-1)
-    result = {"train_loss": windows.numpy()}
+    result = {"train_loss": windows.numpy(), "memory": optimizer.memory()}
     return result | {"held_out": torch.stack(held, -1).view(S, K, -1).numpy()} if held_out else result
 
 
@@ -186,3 +188,32 @@ def teleport(optimizer, element, generator):
         optimizer.rotate(factors.eigenbasis(optimizer))
     else:
         optimizer.move(getattr(factors, element)(optimizer))
+
+
+def tune_and_compare(task, setting, arm, tuning, fresh, plain):
+    """Tune one arm in one setting, with the ratio free ("tuned"), before it at ratio 1 ("plain") if asked for; then
+    run it at its best on the fresh seeds.
+
+    Returns the grid's points tried and their scores; of each tuned thing its best point, whether that is interior, and
+    what `train` returns; the CPU seconds of one run alone.
+    """
+
+    def score(points):
+        loss = train(task, setting, arm, points, tuning)["train_loss"]
+        return torch.from_numpy(loss).log().mean((-1, 0)).nan_to_num(torch.inf).tolist()
+
+    best, scores = {}, {}
+    if plain:
+        best["plain"], scores = search(score, (6, 0), ((2, 0), (1, 0)))
+    best["tuned"], more = search(score, best.get("plain") or (6, 3), ((2, 4), (1, 2), (1, 1)))
+    scores |= more
+    result = {"points": np.array(list(scores)), "scores": np.array(list(scores.values()))}
+    for name in best:
+        result[f"{name}_interior"] = best[name] is not None
+        result[f"{name}_best"] = np.array(best[name] or min(scores, key=scores.get))
+    curves = train(task, setting, arm, [tuple(result[f"{name}_best"]) for name in best], fresh, held_out=True)
+    for k, name in enumerate(best):
+        result |= {f"{name}_{key}": curves[key][:, k] for key in ("train_loss", "held_out")}
+    start = time.process_time()
+    train(task, setting, arm, [tuple(result["tuned_best"])], fresh[:1])
+    return result | {"seconds_alone": time.process_time() - start, "memory": curves["memory"]}

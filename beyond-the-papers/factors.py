@@ -81,11 +81,20 @@ class Adam:
                 x = tensors[k]
                 tensors[k] = torch.cat([on_A @ x[..., :d], on_B @ x[..., d:]], -1)
 
+    def memory(self) -> float:
+        """Numbers kept from step to step beside the factors, over the factors' own."""
+        kept = [getattr(self, name, []) for name in ("m", "v", "V", "rho", "U", "bases")]
+        return _size(kept + ([self.C] if self.tracks is not None else [])) / _size(self.F)
+
     def reset(self) -> None:
         """Forget the moments, as a new optimizer would."""
         self.steps = 0
         for x in (*self.m, *self.v):
             x.zero_()
+
+
+def _size(x):
+    return x.numel() if isinstance(x, Tensor) else sum(map(_size, x or ()))
 
 
 def _split(F, d):

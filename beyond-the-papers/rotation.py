@@ -6,7 +6,12 @@ QᵀAdam(QG_A), Adam(G_BQᵀ)Q, so that Q chooses the basis in which Adam normal
 space's gradient covariance, and Adam's moments move along (factors.py; the identities are tested to 1e-10).
 
 A network pretrained on one task adapts to another through LoRA on every layer. Every arm has its own best learning rate
-and its own best ratio of B's rate to A's (as in LoRA+), searched by the same rule on seeds that are not compared.
+and its own best ratio of B's rate to A's (as in LoRA+), searched by the same rule on seeds that are not compared: the
+point of a grid (rates at 1, 1.5, 2, 3, 5, 7 × powers of ten, ratios at powers of two) that none of its four neighbours
+beats, the grid without edges. In the first setting the rate is tuned at ratio 1 too. One number a run, fixed
+beforehand: the mean log loss, over windows of the training mini-batches; held-out, over four looks in the last quarter.
+Tuning takes 4 seeds and the comparison 30 in every setting, too few to show equivalence within 1 %: the results name
+the smallest effect that each comparison would have found.
 
   none            Adam; with its ratio tuned this is LoRA+
   once            one rotation into the eigenbasis, after step 10
@@ -19,22 +24,20 @@ and its own best ratio of B's rate to A's (as in LoRA+), searched by the same ru
 """
 
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import adaptation  # noqa: E402
 import factors  # noqa: E402
-from adaptation import point, search, train  # noqa: E402
 
 from common import cli, plots  # noqa: E402
-from common.claims import UNDECIDED, Claim, Verdict, grade, listed, table  # noqa: E402
+from common.claims import UNDECIDED, Claim, Published, Verdict, grade, listed, table  # noqa: E402
+from common.data import LABELS  # noqa: E402
 from common.run import Outcome  # noqa: E402
 from common.statistics import compare, family, percent  # noqa: E402
 
@@ -84,7 +87,33 @@ ARMS = {
     "soap_both": Arm(factors.SOAP, {"every": 10, "both_sides": True}),
 }
 PEERS = ("rslora", "scaled", "rite", "soap", "soap_both")
-FEW = ("none", "every_2", "soap")
+FEW = ("none", "every_2", "soap")  # in the settings after the first
+
+# Of an independent prototype, to be repeated or killed: (setting, arm, rates, measure) -> effect in per cent with its
+# 95 % interval, where one is at hand.
+PROTOTYPE = {
+    ("rotated", "once", "plain", "train_loss"): (-9.9, -11.1, -8.6),
+    ("rotated", "once", "plain", "held_out"): (-5.4, -7.4, -3.3),
+    ("rotated", "random", "plain", "train_loss"): (-1.9, -2.8, -0.9),
+    ("rotated", "random", "plain", "held_out"): (-0.7, -2.3, 0.8),
+    ("rotated", "every_2", "plain", "train_loss"): (-15.3, -16.4, -14.2),
+    ("rotated", "every_2", "plain", "held_out"): (-7.8, -9.3, -6.3),
+    ("rotated", "once", "tuned", "train_loss"): (-4.5, -5.4, -3.6),
+    ("rotated", "once", "tuned", "held_out"): (-3.1, -4.9, -1.2),
+    ("rotated", "random", "tuned", "train_loss"): (-0.6, -1.6, 0.3),
+    ("rotated", "every_2", "tuned", "train_loss"): (-10.1, -11.1, -9.1),
+    ("rotated", "every_2", "tuned", "held_out"): (-5.4, -7.5, -3.2),
+    ("rank_2", "every_2", "tuned", "train_loss"): (-2.5, -3.8, -1.3),
+    ("rank_2", "every_2", "tuned", "held_out"): (-1.8,),
+    ("rank_32", "every_2", "tuned", "train_loss"): (-17.7,),
+    ("rank_32", "every_2", "tuned", "held_out"): (-6.5,),
+    ("batch_16", "every_2", "tuned", "train_loss"): (-10.0,),
+    ("batch_16", "every_2", "tuned", "held_out"): (-5.5,),
+    ("steps_2000", "every_2", "tuned", "train_loss"): (-16.6,),
+    ("steps_2000", "every_2", "tuned", "held_out"): (-2.0, -5.8, 2.0),
+    ("gaussian", "balance", "tuned", "train_loss"): (-5.9, -8.5, -3.2),
+    ("gaussian", "every_2", "tuned", "train_loss"): (-2.2, -4.1, -0.3),
+}
 
 
 class Setting(NamedTuple):
@@ -96,20 +125,22 @@ class Setting(NamedTuple):
     weight_decay: float = 0.0
     batch: int = 64
     steps: int = 600
+    more: tuple = ()  # arms beside FEW
 
 
+MEASURES = ("train_loss", "held_out")
 SETTINGS = {
     "rotated": Setting(),
     "fashion": Setting(adapts="fashion"),
-    "deep": Setting(hidden=(64, 64, 64)),
     "rank_2": Setting(rank=2),
     "rank_32": Setting(rank=32),
-    "gaussian": Setting(init="gaussian"),
-    "beta2_0.99": Setting(beta2=0.99),
-    "decay_0.1": Setting(weight_decay=0.1),
+    "gaussian": Setting(init="gaussian", more=("random_2", "balance")),
     "batch_16": Setting(batch=16),
-    "batch_256": Setting(batch=256),
+    "decay": Setting(weight_decay=0.1),
+    "beta2_99": Setting(beta2=0.99),
+    "deep": Setting(hidden=(64, 64, 64)),
     "steps_200": Setting(steps=200),
+    "batch_256": Setting(batch=256),
     "steps_2000": Setting(steps=2000),
 }
 
@@ -120,7 +151,6 @@ class Settings:
     seeds: int = 30  # compared: from 11 on
     tuning_seeds: int = 4  # from 1 on
     arms: tuple = tuple(ARMS)  # in the first setting
-    other_arms: tuple = FEW  # in the others
     settings: tuple = tuple(SETTINGS)
     steps: int | None = None  # instead of each setting's
     pretraining: int = 1500  # steps
@@ -130,36 +160,44 @@ PAPER = Settings()
 PRESETS = {
     "tiny": replace(PAPER, seeds=3, tuning_seeds=1, arms=FEW, settings=("rotated", "rank_2"), steps=20, pretraining=50),
     "quick": replace(
-        PAPER,
-        seeds=20,
-        tuning_seeds=3,
-        arms=("none", "once", "every_2", "random_2", "soap"),
-        settings=("rotated",),
-        steps=300,
+        PAPER, seeds=16, tuning_seeds=3, arms=(*FEW, "once", "random_2"), settings=("rotated",), steps=300
     ),
     "paper": PAPER,
 }
 
 
 def experiment(run):
-    s = run.settings
-    arms = {name: s.other_arms if i else s.arms for i, name in enumerate(s.settings)}
-    tasks = {}
+    s, tasks = run.settings, {}
 
     def part(key):
         setting, arm = key
         if setting not in tasks:
             tasks.clear()
             tasks[setting] = make_task(run, named(setting, s))
-        return tune_and_compare(tasks[setting], named(setting, s), ARMS[arm], s)
+        plain = setting == s.settings[0]
+        return adaptation.tune_and_compare(tasks[setting], named(setting, s), ARMS[arm], tuning, fresh, plain)
 
-    parts, seconds = run.parts(part, {f"{n}.{arm}": (n, arm) for n in s.settings for arm in arms[n]})
-    arrays = {f"{key}/{k}": v for key, p in parts.items() for k, v in p.items() if k != "seconds_alone"}
-    timings = {key: {"part": seconds[key], "run_alone": float(p["seconds_alone"])} for key, p in parts.items()}
-    best = {key: {"plain": point(p["plain_best"]), "tuned": point(p["tuned_best"])} for key, p in parts.items()}
-    seeds = [*range(1, 1 + s.tuning_seeds), *range(11, 11 + s.seeds)]
-    found = {"best": best, "effects": effects(arrays, arms), "peers": against_peers(arrays, s)}
-    return Outcome(found, arrays, seeds, timings)
+    tuning, fresh = list(range(1, 1 + s.tuning_seeds)), list(range(11, 11 + s.seeds))
+    keys = {f"{setting}.{arm}": (setting, arm) for setting in s.settings for arm in arms(setting, s)}
+    parts, seconds = run.parts(part, keys)
+    costs = {key: {k: float(p.pop(k)) for k in ("seconds_alone", "memory")} for key, p in parts.items()}
+    arrays = {f"{key}/{k}": v for key, p in parts.items() for k, v in p.items()}
+    timings = {key: {"part": seconds[key], "run_alone": costs[key]["seconds_alone"]} for key in parts}
+    best = {
+        key: {r: adaptation.point(p[f"{r}_best"]) for r in rates_of(key.split(".")[0], s)} for key, p in parts.items()
+    }
+    memory = {key: cost["memory"] for key, cost in costs.items()}
+    found = {"best": best, "effects": effects(arrays, s), "peers": against_peers(arrays, s), "memory": memory}
+    return Outcome(found, arrays, [*tuning, *fresh], timings)
+
+
+def arms(setting, s):
+    return s.arms if setting == s.settings[0] else (*FEW, *SETTINGS[setting].more)
+
+
+def rates_of(setting, s):
+    """What was tuned: the rate alone ("plain"), in the first setting; rate and ratio ("tuned")."""
+    return ("plain", "tuned") if setting == s.settings[0] else ("tuned",)
 
 
 def named(setting, s):
@@ -178,60 +216,41 @@ def make_task(run, setting):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-
-def tune_and_compare(task, setting, arm, s):
-    """Tune one arm in one setting, at ratio 1 ("plain") and with the ratio free ("tuned"), then run the fresh seeds."""
-    tuning, fresh = list(range(1, 1 + s.tuning_seeds)), list(range(11, 11 + s.seeds))
-
-    def score(points):
-        loss = train(task, setting, arm, points, tuning)["train_loss"]
-        return torch.from_numpy(loss).log().mean((-1, 0)).nan_to_num(torch.inf).tolist()
-
-    plain, plain_scores = search(score, (6, 0), ((2, 0), (1, 0)))
-    tuned, scores = search(score, plain or (6, 0), ((2, 4), (1, 2), (1, 1)))
-    scores |= plain_scores
-    result = {"points": np.array(list(scores)), "scores": np.array(list(scores.values()))}
-    for name, best in (("plain", plain), ("tuned", tuned)):
-        result[f"{name}_interior"] = best is not None
-        result[f"{name}_best"] = np.array(best or min(scores, key=scores.get))
-    curves = train(task, setting, arm, [tuple(result["plain_best"]), tuple(result["tuned_best"])], fresh, held_out=True)
-    for k, name in enumerate(("plain", "tuned")):
-        result |= {f"{name}_{key}": value[:, k] for key, value in curves.items()}
-    start = time.perf_counter()
-    train(task, setting, arm, [tuple(result["tuned_best"])], fresh[:1])
-    return result | {"seconds_alone": time.perf_counter() - start}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Judging
 
 
-def effects(arrays, arms):
+def effects(arrays, s):
     """{setting: {plain/tuned: {measure: {arm: what it does against none}}}}; measures: train_loss, held_out."""
-    result = {}
-    for setting, names in arms.items():
-        result[setting] = {}
-        for rates in ("plain", "tuned"):
-            result[setting][rates] = {}
-            for measure in ("train_loss", "held_out"):
-                numbers = {a: number(arrays[f"{setting}.{a}/{rates}_{measure}"]) for a in names}
-                found = compared({a: (numbers[a], numbers["none"]) for a in names if a != "none"})
-                for a in found:
-                    if not all(arrays[f"{setting}.{b}/{rates}_interior"] for b in (a, "none")):
-                        found[a]["word"] = "undecided"  # an arm without a best rate
-                result[setting][rates][measure] = found
-    return result
+
+    def against_none(setting, rates, measure):
+        others = [arm for arm in arms(setting, s) if arm != "none"]
+        return compared(arrays, [(f"{setting}.{arm}", f"{setting}.none") for arm in others], rates, measure)
+
+    return {
+        setting: {r: {m: against_none(setting, r, m) for m in MEASURES} for r in rates_of(setting, s)}
+        for setting in s.settings
+    }
 
 
 def against_peers(arrays, s):
-    """{measure: {peer: what every_2 does against it}} in the first setting, rate and ratio tuned for both."""
+    """{setting: {measure: {peer: what every_2 does against it}}}, rate and ratio tuned for both."""
     result = {}
-    for measure in ("train_loss", "held_out"):
-        numbers = {a: number(arrays[f"{s.settings[0]}.{a}/tuned_{measure}"]) for a in s.arms}
-        peers = [a for a in PEERS if a in s.arms]
-        result[measure] = compared({a: (numbers["every_2"], numbers[a]) for a in peers})
+    for setting in s.settings:
+        peers = [(f"{setting}.every_2", f"{setting}.{peer}") for peer in PEERS if peer in arms(setting, s)]
+        result[setting] = {m: compared(arrays, peers, "tuned", m, named_by=1) for m in MEASURES}
+    return result
+
+
+def compared(arrays, pairs, rates, measure, named_by=0):
+    """{arm: Comparison as a dictionary} of pairs of keys, one family, in log ratios; undecided where one of the two has
+    no best rate."""
+    numbers = [[number(arrays[f"{key}/{rates}_{measure}"]) for key in pair] for pair in pairs]
+    found = family([compare(mine, theirs, relative=False) for mine, theirs in numbers])
+    result = {}
+    for pair, comparison in zip(pairs, found):
+        if not all(arrays[f"{key}/{rates}_interior"] for key in pair):
+            comparison = comparison._replace(word=UNDECIDED)
+        result[pair[named_by].split(".", 1)[1]] = comparison._asdict()
     return result
 
 
@@ -240,47 +259,59 @@ def number(curve):
     return np.log(np.asarray(curve, float)).mean(-1)
 
 
-def compared(pairs):
-    """{name: (numbers, reference numbers)} -> {name: Comparison as a dictionary}, one family; in log ratios."""
-    found = family([compare(mine, theirs, relative=False) for mine, theirs in pairs.values()])
-    return {name: c._asdict() for name, c in zip(pairs, found)}
-
-
 def say(effect):
     mean, low, high = (percent(effect[key]) for key in ("effect", "low", "high"))
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] %"
 
 
 def judge(outcome):
-    tuned = {setting: e["tuned"] for setting, e in outcome.metrics["effects"].items()}
+    effects, peers = outcome.metrics["effects"], outcome.metrics["peers"]
+    tuned = {setting: found["tuned"] for setting, found in effects.items()}
     first, *others = tuned
     training, held_out = tuned[first]["train_loss"], tuned[first]["held_out"]
-    random = [m["random_2"]["word"] == "better" for m in (training, held_out) if "random_2" in m]
-    main = training["every_2"]["word"] == "better"
+    random = any(m["random_2"]["word"] == "better" for m in (training, held_out) if "random_2" in m)
+    main, also = (m["every_2"]["word"] == "better" for m in (training, held_out))
     failing = [n for n in others if tuned[n]["train_loss"]["every_2"]["word"] != "better"]
-    both = main and held_out["every_2"]["word"] == "better"
-    above_random = not random or training["random_2"]["low"] > training["every_2"]["high"]
-    peers = outcome.metrics["peers"]
-    beside = [
-        f"every_2 against {name}: training {say(effect)} {effect['word']}, held-out {say(peers['held_out'][name])} "
-        f"{peers['held_out'][name]['word']}"
-        for name, effect in peers["train_loss"].items()
-    ]
-    not_held = [n for n in tuned if tuned[n]["held_out"]["every_2"]["word"] != "better"]
-    decided = training["every_2"]["word"] != "undecided"
+    above_random = "random_2" not in training or training["random_2"]["low"] > training["every_2"]["high"]
+    reasons = [f"not in {listed(failing)}" if failing else "", "" if also else "not in held-out loss"]
+    decided = training["every_2"]["word"] != UNDECIDED
     return Verdict(
-        grade(both and not any(random) and not failing, main and above_random) if decided else UNDECIDED,
-        f"not in {listed(failing)}" if failing else "training loss only",
+        grade(main and also and not random and not failing, main and above_random) if decided else UNDECIDED,
+        "; ".join(filter(None, [*reasons, "random rotations help too" if random else ""])),
         f"With rate and ratio tuned, a rotation every 2 steps changes the training loss by "
         f"{say(training['every_2'])}, the held-out loss by {say(held_out['every_2'])} against Adam (LoRA+)"
-        + (f"; random rotations {say(training['random_2'])}" if random else "")
-        + f". Held-out loss is not better in: {listed(not_held)}.",
-        details=[*beside, *(f"{n}: training {say(tuned[n]['train_loss']['every_2'])}" for n in others)],
+        + (f"; random rotations {say(training['random_2'])}" if "random_2" in training else "")
+        + (f"; SOAP on the factors {say(training['soap'])}, {say(held_out['soap'])}." if "soap" in training else "."),
+        details=[
+            *(f"{n}, every_2 against none: {both(tuned[n], 'every_2')}" for n in tuned),
+            *(f"{n}, every_2 against {peer}: {both(peers[n], peer)}" for n in tuned for peer in peers[n]["held_out"]),
+        ],
         number=say(training["every_2"]),
-        surprise=f"SOAP on the rank side does the same: every_2 against it {say(peers['train_loss']['soap'])}"
-        if "soap" in peers["train_loss"] and peers["train_loss"]["soap"]["word"] in ("equivalent", "undecided")
-        else "",
+        published=prototype(effects),
     )
+
+
+def both(found, arm):
+    training, held_out = (found[m][arm] for m in MEASURES)
+    return f"training {say(training)} {training['word']}, held-out {say(held_out)} {held_out['word']}"
+
+
+def prototype(effects):
+    """The prototype's numbers beside ours; they agree if the 95 % intervals overlap."""
+    rows = []
+    for (setting, arm, rates, measure), (value, *interval) in PROTOTYPE.items():
+        found = effects.get(setting, {}).get(rates, {}).get(measure, {}).get(arm)
+        if found is None:
+            continue
+        agrees, text = None, f"{value:+.1f} %"
+        if interval:
+            low, high = interval
+            agrees = bool(low <= percent(found["high"]) and percent(found["low"]) <= high)
+            text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}] %"
+        tuned = "rate and ratio tuned" if rates == "tuned" else "rate tuned"
+        what = f"{setting}, {arm} against none, {tuned}: {measure.replace('_', ' ')}"
+        rows.append(Published(what, text, say(found), "a prototype", "other pretraining and seeds", agrees))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,7 +338,7 @@ def plot_curves(outcome, s):
             plots.band(ax, x, 100 * ratio, arm, i + 1)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set(title=title, xlabel="step")
-    axes[0, 0].set_ylabel(f"training loss against Adam's, %,\n{outcome.label}, ± std")
+    axes[0, 0].set_ylabel(f"training loss against Adam's, %,\n{LABELS[s.dataset]}, ± std")
     axes[0, 1].legend(fontsize=8, ncols=2)
     return figure
 
@@ -319,7 +350,7 @@ def plot_effects(found, s):
     for ax, measure, title in zip(axes[0], ("train_loss", "held_out"), ("training loss", "held-out loss")):
         for shift, (rates, label) in enumerate((("plain", "one rate"), ("tuned", "rate and ratio tuned"))):
             errors(ax, [found[rates][measure][a] for a in names], shift, label)
-        ax.set(title=title, xlabel="against none, %, 95 % interval", yticks=range(len(names)), yticklabels=names)
+        ax.set(title=title, xlabel="against Adam (none), %, 95 % interval", yticks=range(len(names)), yticklabels=names)
     axes[0, 0].invert_yaxis()
     axes[0, 1].legend(fontsize=8)
     return figure
@@ -348,26 +379,20 @@ def errors(ax, found, shift, label):
 
 def report(outcome, s):
     rows = []
-    for setting, found in outcome.metrics["effects"].items():
-        for arm in s.arms if setting == s.settings[0] else s.other_arms:
-            key = f"{setting}.{arm}"
-            rate, ratio = outcome.metrics["best"][key]["tuned"]
-            cells = ["", "", ""]
-            if arm != "none":
-                training, held_out = (found["tuned"][m][arm] for m in ("train_loss", "held_out"))
-                cells = [say(found["plain"]["train_loss"][arm]), f"{say(training)} {training['word']}", say(held_out)]
-            rows.append([setting, arm, f"{rate:g}", f"{ratio:g}", *cells, f"{outcome.timings[key]['run_alone']:.2f}"])
-    header = [
-        "setting",
-        "arm",
-        "rate",
-        "ratio",
-        "training, one rate",
-        "training, tuned",
-        "held-out, tuned",
-        "s/run alone",
-    ]
-    return table(header, rows)
+    for key, best in outcome.metrics["best"].items():
+        setting, arm = key.split(".", 1)
+        found, cells = outcome.metrics["effects"][setting], ["", "", ""]
+        if arm != "none":
+            training, held_out = (found["tuned"][m][arm] for m in MEASURES)
+            plain = say(found["plain"]["train_loss"][arm]) if "plain" in found else ""
+            cells = [plain, f"{say(training)} {training['word']}", f"{say(held_out)} {held_out['word']}"]
+        rate, ratio = best["tuned"]
+        cost = [f"{outcome.timings[key]['run_alone']:.2f}", f"{outcome.metrics['memory'][key]:.1f}"]
+        rows.append([setting, arm, f"{rate:g}", f"{ratio:g}", *cells, *cost])
+    header = ["setting", "arm", "rate", "ratio", "training, one rate", "training, tuned", "held-out, tuned"]
+    return (
+        table([*header, "s/run", "state"], rows) + "\n(state: numbers that the optimizer keeps, over the factors' own)"
+    )
 
 
 if __name__ == "__main__":
