@@ -23,7 +23,8 @@ import torch
 from common import cli, plots, published
 from common.claims import Claim, Verdict, grade, interval, listed, mean, table
 from common.data import published_split
-from common.mlp import StackedMLP, batch_loss, initial_weights, published_seeds
+from common.losses import batch_loss
+from common.mlp import StackedMLP, initial_weights, published_seeds
 from common.run import Outcome
 from common.statistics import difference, mean_std, verdict
 from teleport import leaky_relu, preactivation_action, rescaling_action, squared_gradient_norm, teleport

@@ -1,63 +1,59 @@
 """A stack of small networks trained together: every member sees the same mini-batches, the gradient is written out.
 
-The networks of paper A: no biases, leaky ReLU, cross-entropy. Member e's weights are W_m[e]; the first layer of the
-whole stack is one matrix product, so 100 members cost little more than a few. Elementwise optimizers keep the members
-exactly independent, and learning rates and optimizer state are per member, so that seeds, arms and learning rates can
-all be members of one stack.
+The networks of ICLR 2024 (Table 1, Figures 4 and 5): no biases, leaky ReLU, cross-entropy. Member e's weights are
+W_m[e]; the first layer of the whole stack is one matrix product, so 100 members cost little more than a few.
+Elementwise optimizers keep the members exactly independent, and learning rates and optimizer state are per member, so
+that seeds, arms and learning rates can all be members of one stack.
 """
 
+from collections.abc import Callable, Iterable, Sequence
+
 import torch
+from torch import Tensor
 from torch.nn.functional import leaky_relu_, log_softmax
 
+from common.losses import cross_entropy
 
-def published_seeds(runs):
-    """Run i is seeded (i + 1)·54321."""
+
+def published_seeds(runs: int) -> list[int]:
+    """Run i is seeded (i + 1)·54321 (the authors' code)."""
     return [(i + 1) * 54321 for i in range(runs)]
 
 
-def initial_weights(dims, seeds, device="cpu"):
+def initial_weights(
+    dims: Sequence[int], seeds: Iterable[int], device: torch.device | str = "cpu"
+) -> tuple[Tensor, ...]:
     """Published initialization: W_m uniform in ±1/√d_{m-1}, drawn layer by layer on the CPU after manual_seed(seed).
 
-    dims = (d_0, …, d_L). Returns a tuple of float32 tensors (len(seeds), d_m, d_{m-1}).
+    dims = (d_0, …, d_L). Returns a tuple of float32 tensors (len(seeds), d_m, d_{m-1}), whatever torch's defaults are.
+    Raises ValueError for fewer than two dims, or one that is not positive, and where no seed is given.
     """
+    seeds = list(seeds)
+    if len(dims) < 2 or min(dims) < 1:
+        raise ValueError(f"dims must be two positive widths or more, got {tuple(dims)}")
+    if not seeds:
+        raise ValueError("seeds: none given")
     members = []
     for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)  # the same stream as torch.manual_seed and torch.rand
-        members.append([(2 * torch.rand(o, i, generator=generator) - 1) / i**0.5 for i, o in zip(dims, dims[1:])])
+        generator = torch.Generator("cpu").manual_seed(seed)  # the same stream as torch.manual_seed and torch.rand
+        like = dict(generator=generator, device="cpu", dtype=torch.float32)
+        members.append([(2 * torch.rand(o, i, **like) - 1) / i**0.5 for i, o in zip(dims, dims[1:])])
     return tuple(torch.stack(layer).to(device) for layer in zip(*members))
-
-
-def cross_entropy(logits, labels):
-    """Mean cross-entropy over samples: logits (*E, C, n), labels (n,) or (*E, n) -> (*E,)."""
-    log_p = log_softmax(logits, -2)
-    index = labels.unsqueeze(-2).expand(*log_p.shape[:-2], 1, -1)
-    return -log_p.gather(-2, index).mean((-2, -1))
-
-
-def batch_loss(X, labels, activation):
-    """loss_fn(weights) -> E for teleports on a batch: columns X (*E, d_0, n), labels (*E, n) or (n,).
-
-    The loss of `teleport.forward` without its checks, so that a member that has diverged does not stop the others.
-    """
-
-    def loss_fn(weights):
-        h = X
-        for W in weights[:-1]:
-            h = activation.f(W @ h)
-        return cross_entropy(weights[-1] @ h, labels)
-
-    return loss_fn
 
 
 class StackedMLP:
     """E networks trained as one. weights: (E, d_m, d_{m-1}) each, copied; lr: a number or one per member, (E,).
 
-    optimizer: SGD, momentum (0.9), AdaGrad, RMSprop or Adam, with PyTorch's formulas and defaults.
+    optimizer: SGD, momentum (0.9), AdaGrad, RMSprop or Adam, with PyTorch's formulas and defaults. slope: the leaky
+    ReLU's, in [0, 1]. dtype and device are the weights'. Raises ValueError for another optimizer, weights that do not
+    chain, an lr that is not positive and finite, a slope outside [0, 1]. Members that have diverged stay NaN.
     """
 
-    def __init__(self, weights, optimizer="SGD", lr=1e-2, slope=0.1):
-        if optimizer not in _UPDATES:
-            raise ValueError(f"optimizer must be one of {', '.join(_UPDATES)}, got {optimizer!r}")
+    def __init__(
+        self, weights: Sequence[Tensor], optimizer: str = "SGD", lr: float | Tensor = 1e-2, slope: float = 0.1
+    ) -> None:
+        """Copy the weights and build every member's optimizer."""
+        _check(weights, optimizer, lr, slope)
         self.weights = tuple(W.detach().clone(memory_format=torch.contiguous_format) for W in weights)
         first = self.weights[0]
         self.members = len(first)
@@ -69,8 +65,8 @@ class StackedMLP:
         self._steps = first.new_zeros(self.members, 1, 1)  # since the member's optimizer was built: Adam needs it
         self._graphs = {}  # batch size -> the step as a CUDA graph
 
-    def step(self, x, y):
-        """One optimizer step on the batch x (n, d_0), y (n,). Returns the batch loss before it, (E,)."""
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """One optimizer step on the batch x (n, d_0), classes y (n,). Returns the batch loss before it, (E,)."""
         h, delta, loss = self._forward(x, y)
         self._steps += 1
         lr = self.lr.view(-1, 1, 1)
@@ -86,8 +82,15 @@ class StackedMLP:
                 delta = torch.ops.aten.leaky_relu_backward(behind, h[m], self.slope, True)
         return loss
 
-    def train_epoch(self, x, y, batch_size, before_step=None):
-        """One pass in the dataset's order; before_step(i) comes before batch i. Returns the mean batch loss, (E,)."""
+    def train_epoch(
+        self, x: Tensor, y: Tensor, batch_size: int, before_step: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """One pass in the dataset's order; before_step(i) comes before batch i. Returns the mean batch loss, (E,).
+
+        x (n, d_0), y (n,). Raises ValueError where n or batch_size is not positive.
+        """
+        if not len(x) or batch_size < 1:
+            raise ValueError(f"x and batch_size must not be empty, got {len(x)} samples and {batch_size}")
         total = torch.zeros_like(self.lr)
         for i, start in enumerate(range(0, len(x), batch_size)):
             if before_step is not None:
@@ -96,7 +99,7 @@ class StackedMLP:
             total += (self._replay if x.is_cuda else self.step)(batch, labels) * len(batch)
         return total / len(x)
 
-    def _replay(self, x, y):
+    def _replay(self, x: Tensor, y: Tensor) -> Tensor:
         """The same as step, on a GPU: its thirty small kernels, recorded once per batch size, start with one launch."""
         if len(x) not in self._graphs:
             tensors = [*self.weights, self._steps, *(buffer for state in self._state for buffer in state)]
@@ -118,8 +121,10 @@ class StackedMLP:
         graph.replay()
         return loss
 
-    def evaluate(self, x, y, batch_size=1000):
-        """Mean loss and accuracy on x (n, d_0), y (n,): two tensors (E,)."""
+    def evaluate(self, x: Tensor, y: Tensor, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
+        """Mean loss and accuracy (in [0, 1]) on x (n, d_0), y (n,): two tensors (E,). ValueError for no samples."""
+        if not len(x):
+            raise ValueError("x has no samples")
         loss, correct = torch.zeros_like(self.lr), torch.zeros_like(self.lr)
         for batch, labels in zip(x.split(batch_size), y.split(batch_size)):
             h = _times_shared(self.weights[0], batch)
@@ -129,8 +134,8 @@ class StackedMLP:
             correct += (h.argmax(1) == labels).sum(1)
         return loss / len(x), correct / len(x)
 
-    def gradients(self, x, y):
-        """∂L/∂W on a batch, one (E, d_m, d_{m-1}) per layer, and the losses (E,). The weights stay as they are."""
+    def gradients(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
+        """∂L/∂W on a batch x (n, d_0), y (n,): one (E, d_m, d_{m-1}) per layer, and the losses (E,). Nothing moves."""
         h, delta, loss = self._forward(x, y)
         gradients = [None] * len(self.weights)
         for m in reversed(range(len(self.weights))):
@@ -140,19 +145,19 @@ class StackedMLP:
                 delta = torch.ops.aten.leaky_relu_backward(behind, h[m], self.slope, True)
         return gradients, loss
 
-    def set(self, members, weights):
+    def set(self, members: slice | Sequence[int] | Tensor, weights: Sequence[Tensor]) -> None:
         """Replace the weights of some members (a slice, indices or a mask); their optimizer state stays."""
         for mine, new in zip(self.weights, weights):
             mine[members] = new
 
-    def reset(self, members):
+    def reset(self, members: slice | Sequence[int] | Tensor) -> None:
         """Build the optimizer of some members anew: their state starts from zero."""
         self._steps[members] = 0
         for state in self._state:
             for buffer in state:
                 buffer[members] = 0
 
-    def _forward(self, x, y):
+    def _forward(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Hidden layers [X as rows, h_1, …], ∂L/∂logits (E, C, n) and the losses (E,)."""
         h = [x]
         z = _times_shared(self.weights[0], x)
@@ -166,12 +171,29 @@ class StackedMLP:
         return h, delta, loss
 
 
-def _times_shared(W, x):
+def _check(weights: Sequence[Tensor], optimizer: str, lr: float | Tensor, slope: float) -> None:
+    if optimizer not in _UPDATES:
+        raise ValueError(f"optimizer must be one of {', '.join(_UPDATES)}, got {optimizer!r}")
+    shapes = [tuple(W.shape) for W in weights]
+    if (
+        not shapes
+        or any(len(s) != 3 for s in shapes)
+        or any(V[0] != U[0] or V[1] != U[2] for V, U in zip(shapes, shapes[1:]))
+    ):
+        raise ValueError(f"weights must be (E, d_m, d_{{m-1}}) matrices that chain, got {shapes}")
+    rates = torch.as_tensor(lr, device=weights[0].device)
+    if not ((rates > 0) & rates.isfinite()).all():
+        raise ValueError("lr must be positive and finite")
+    if not 0 <= slope <= 1:
+        raise ValueError(f"slope must be in [0, 1], got {slope}")
+
+
+def _times_shared(W: Tensor, x: Tensor) -> Tensor:
     """W (E, d, d_0) times x.T for rows x (n, d_0) that all members share: one matrix product. Returns (E, d, n)."""
     return torch.mm(W.flatten(0, 1), x.T).unflatten(0, W.shape[:2])
 
 
-def _outer(delta, h, out, add):
+def _outer(delta: Tensor, h: Tensor, out: Tensor, add: bool) -> Tensor:
     """out (+)= delta hᵀ: delta (E, d, n), h (E, d', n) or the shared rows (n, d'). Returns out."""
     if h.ndim == 2:
         out.flatten(0, 1).addmm_(delta.flatten(0, 1), h, beta=float(add))
@@ -183,22 +205,22 @@ def _outer(delta, h, out, add):
 # Updates in place, as torch.optim defines them: W -= lr·(something of the gradient G and the state). G may be spoilt.
 
 
-def _momentum(W, G, state, lr, steps):
+def _momentum(W: Tensor, G: Tensor, state: list[Tensor], lr: Tensor, steps: Tensor) -> None:
     state[0].mul_(0.9).add_(G)
     W.sub_(torch.mul(state[0], lr, out=G))
 
 
-def _adagrad(W, G, state, lr, steps):
+def _adagrad(W: Tensor, G: Tensor, state: list[Tensor], lr: Tensor, steps: Tensor) -> None:
     state[0].addcmul_(G, G)
     W.sub_(G.mul_(lr).div_(state[0].sqrt().add_(1e-10)))
 
 
-def _rmsprop(W, G, state, lr, steps):
+def _rmsprop(W: Tensor, G: Tensor, state: list[Tensor], lr: Tensor, steps: Tensor) -> None:
     state[0].mul_(0.99).addcmul_(G, G, value=0.01)
     W.sub_(G.mul_(lr).div_(state[0].sqrt().add_(1e-8)))
 
 
-def _adam(W, G, state, lr, steps):
+def _adam(W: Tensor, G: Tensor, state: list[Tensor], lr: Tensor, steps: Tensor) -> None:
     state[0].lerp_(G, 0.1)
     state[1].mul_(0.999).addcmul_(G, G, value=0.001)
     denominator = torch.sqrt(state[1], out=G).div_((1 - 0.999**steps).sqrt()).add_(1e-8)

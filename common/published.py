@@ -3,30 +3,51 @@
 The faults: when elements are applied, layers after the first see hidden layers of the network before the move (stale),
 which are then followed by (I + T)h instead of being computed; the actions are not in minimal-change form, so that they
 discard what a rank-deficient batch does not show; and with more samples than units the action is a least-squares fit.
-The post-activation teleport of paper B also takes I − T for the inverse of I + T, and an ascent direction to which
+The post-activation teleport of NeurIPS 2022 also takes I − T for the inverse of I + T, and an ascent direction to which
 later layers' dependence on earlier ones adds a spurious term.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch import Tensor
 
 from teleport import Activation, Teleportation, curve_curvature, hidden_layers, squared_gradient_norm
 
 
-def preactivation_action(U, V, h, g, activation: Activation):
-    """U' = Uσ(Vh) σ(gVh)^+, V' = gV: paper A, Eq. 8, as published."""
+def preactivation_action(U: Tensor, V: Tensor, h: Tensor, g: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """U' = Uσ(Vh) σ(gVh)^+, V' = gV: ICLR 2024, as published. Shapes as in `teleport.preactivation_action`."""
     z = V @ h
     return U @ activation.f(z) @ torch.linalg.pinv(activation.f(g @ z)), g @ V
 
 
-def apply_stale(weights, h, elements, action, activation):
-    """Act layer by layer with the given hidden layers h, whatever the elements before did to them."""
+def apply_stale(
+    weights: Sequence[Tensor],
+    h: Sequence[Tensor],
+    elements: Sequence[Tensor],
+    action: Callable,
+    activation: Activation,
+) -> tuple[Tensor, ...]:
+    """Act layer by layer with the given hidden layers h, whatever the elements before did to them.
+
+    weights W_m (*E, d_m, d_{m-1}), h = [h_0 = X, h_1, …], one element (*E, d_m, d_m) per hidden layer.
+    """
     weights = list(weights)
     for m, g in enumerate(elements):
         weights[m + 1], weights[m] = action(weights[m + 1], weights[m], h[m], g, activation)
     return tuple(weights)
 
 
-def teleport_gradient_norm(weights, x, loss_fn, *, activation, lr, steps, cap=100.0):
+def teleport_gradient_norm(
+    weights: Sequence[Tensor],
+    x: Tensor,
+    loss_fn: Callable,
+    *,
+    activation: Activation,
+    lr: float | Tensor,
+    steps: int,
+    cap: float = 100.0,
+) -> Teleportation:
     """The published ascent on ‖∂L/∂W‖² through the pre-activation action (Figures 5 and 13). Ensembles as in teleport.
 
     A member stops once its squared gradient norm is above cap. The drift in the result is not zero.
@@ -34,7 +55,18 @@ def teleport_gradient_norm(weights, x, loss_fn, *, activation, lr, steps, cap=10
     return _ascend(weights, x, loss_fn, lambda: lambda w: squared_gradient_norm(w, loss_fn), activation, lr, steps, cap)
 
 
-def teleport_sharpness(weights, x, loss_fn, draw, *, activation, lr, steps, maximize=True, cap=2.0):
+def teleport_sharpness(
+    weights: Sequence[Tensor],
+    x: Tensor,
+    loss_fn: Callable,
+    draw: Callable,
+    *,
+    activation: Activation,
+    lr: float,
+    steps: int,
+    maximize: bool = True,
+    cap: float = 2.0,
+) -> Teleportation:
     """The published ascent (or descent) on φ through the pre-activation action (Figure 4). Ensembles as in teleport.
 
     draw() -> a new objective φ(weights) -> E: every step draws its own directions. The published sum over 9 radii is
@@ -44,7 +76,9 @@ def teleport_sharpness(weights, x, loss_fn, draw, *, activation, lr, steps, maxi
     return _ascend(weights, x, loss_fn, draw, activation, lr, steps, cap / 0.9)
 
 
-def teleport_curvature(weights, x, M, *, activation, lr, maximize=True):
+def teleport_curvature(
+    weights: Sequence[Tensor], x: Tensor, M: Tensor, *, activation: Activation, lr: float, maximize: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """The published step on κ (Figure 4): exp(tM) acts on the layers 2 and 3, t = ±lr dκ/dt, however far that is.
 
     One network, M (d_2, d_2). Returns the new weights; NaN where the element overflows.
@@ -58,7 +92,16 @@ def teleport_curvature(weights, x, M, *, activation, lr, maximize=True):
     return weights[0], V, U
 
 
-def _ascend(weights, x, loss_fn, draw, activation, lr, steps, cap):
+def _ascend(
+    weights: Sequence[Tensor],
+    x: Tensor,
+    loss_fn: Callable,
+    draw: Callable,
+    activation: Activation,
+    lr: float | Tensor,
+    steps: int,
+    cap: float,
+) -> Teleportation:
     """Each step's objective is draw()'s; the first one measures before and after."""
     weights = tuple(W.detach() for W in weights)
     h = hidden_layers(weights, x, activation)
@@ -71,7 +114,7 @@ def _ascend(weights, x, loss_fn, draw, activation, lr, steps, cap):
         value_before = value.detach() if value_before is None else value_before
         going = (value <= cap)[..., None, None]
         gradients = torch.autograd.grad(value.sum(), independent)
-        tangents = [torch.zeros(*W.shape[:-2], *i.shape).to(i).requires_grad_() for W, i in zip(weights, identity)]
+        tangents = [i.new_zeros(*W.shape[:-2], *i.shape).requires_grad_() for W, i in zip(weights, identity)]
         moved = apply_stale(weights, h, [i + T for i, T in zip(identity, tangents)], preactivation_action, activation)
         directions = torch.autograd.grad(moved, tangents, gradients)
         elements = [i + lr * (going * D) for i, D in zip(identity, directions)]
@@ -81,14 +124,28 @@ def _ascend(weights, x, loss_fn, draw, activation, lr, steps, cap):
     return Teleportation(weights, start, loss_fn(weights), value_before, first(weights))
 
 
-def postactivation_action(U, V, h, h_inverse, T, activation: Activation):
-    """U' = U(I − T), V' = σ^-1((I + T)σ(Vh)) h^+: paper B, Eq. 9, as published: the product of the two is not I."""
+def postactivation_action(
+    U: Tensor, V: Tensor, h: Tensor, h_inverse: Tensor, T: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """U' = U(I − T), V' = σ^-1((I + T)σ(Vh)) h^+: NeurIPS 2022, Eq. 8, as published: (I − T)(I + T) is not I.
+
+    U, V, h as in `teleport.postactivation_action`, h_inverse = h^+ (*E, n, d_{m-1}), T (*E, d_m, d_m).
+    """
     identity = torch.eye(T.shape[-1], dtype=T.dtype, device=T.device)
     return U @ (identity - T), activation.inverse((identity + T) @ activation.f(V @ h)) @ h_inverse
 
 
-def teleport_postactivation(weights, x, loss_fn, *, activation, lr, steps, x_inverse=None):
-    """The published ascent on ‖∂L/∂W‖² through the post-activation action (paper B). Ensembles as in teleport.
+def teleport_postactivation(
+    weights: Sequence[Tensor],
+    x: Tensor,
+    loss_fn: Callable,
+    *,
+    activation: Activation,
+    lr: float | Tensor,
+    steps: int,
+    x_inverse: Tensor | None = None,
+) -> Teleportation:
+    """The published ascent on ‖∂L/∂W‖² through the post-activation action (NeurIPS 2022). Ensembles as in teleport.
 
     x may differ by member: (*E, d_0, n); lr too, as (*E, 1, 1). x_inverse: the pseudoinverse of x, if it is at hand.
     The drift in the result is large: U(I − T)(I + T)σ(Vh) = U(I − T²)σ(Vh).
@@ -117,8 +174,8 @@ def teleport_postactivation(weights, x, loss_fn, *, activation, lr, steps, x_inv
     return Teleportation(weights, start, loss_fn(weights), value_before, squared_gradient_norm(weights, loss_fn))
 
 
-def approximate_score(weights, loss_fn, m, elements):
-    """‖g^-T ∂L/∂W_m‖ for candidates g (count, *E, d_m, d_m): how a published variant of paper B ranks random elements.
+def approximate_score(weights: Sequence[Tensor], loss_fn: Callable, m: int, elements: Tensor) -> Tensor:
+    """‖g^-T ∂L/∂W_m‖ for candidates g (count, *E, d_m, d_m): how a published variant of NeurIPS 2022 ranks them.
 
     ∂L/∂W_m behind the pre-activation action would be g^-T ∂L/∂W_m if σ were the identity; the other layers' gradients,
     which the move changes too, do not enter. Returns (count, *E).

@@ -1,4 +1,4 @@
-"""φ (paper A, Eq. 4) of a network with cross-entropy, fast: value and ∂φ/∂W without a graph per perturbed copy.
+"""φ (ICLR 2024, Eq. 4) of a network with cross-entropy, fast: value and ∂φ/∂W without a graph per perturbed copy.
 
 `teleport.sharpness` is the definition and takes any loss. Here the loss is known, so that three things can be had:
 
@@ -8,8 +8,13 @@
   * the copies are worked through a few at a time, so that what they need stays in the cache.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch.nn.functional import log_softmax
+
+from teleport import Activation
 
 
 class Sharpness:
@@ -18,21 +23,22 @@ class Sharpness:
     x (d_0, n), columns are samples; labels (n,); directions (k, P) and radii (k,) as in `teleport.sharpness`; dims =
     (d_0, …, d_L). It holds the k·d_1·n products D_j X, and nothing of `directions`; `chunk` copies are worked on at
     once (default: such that a first hidden layer of theirs takes 1 MiB). Raises ValueError for shapes that do not
-    match, a zero direction, values that are not finite.
+    match, no samples, no or a zero direction, a radius or chunk that is not positive, values that are not finite.
     """
 
-    def __init__(self, x, labels, directions, radii, dims, activation, chunk=None):
+    def __init__(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        directions: Tensor,
+        radii: Tensor,
+        dims: Sequence[int],
+        activation: Activation,
+        chunk: int | None = None,
+    ) -> None:
+        """Form the products D_j X: the only place where the k·P numbers of `directions` are read."""
         sizes = [o * i for i, o in zip(dims, dims[1:])]
-        k = len(directions)
-        if directions.shape != (k, sum(sizes)) or radii.shape != (k,) or len(x) != dims[0]:
-            shapes = ", ".join(str(tuple(t.shape)) for t in (x, directions, radii))
-            needed = f"({dims[0]}, n), (k, {sum(sizes)}), (k,)"
-            raise ValueError(f"x, directions, radii are {shapes}: dims need {needed}")
-        norms = torch.linalg.vector_norm(directions, dim=1)
-        if not ((norms > 0) & norms.isfinite()).all():
-            raise ValueError("directions: each must be finite and not zero")
-        if not radii.isfinite().all():
-            raise ValueError("radii must be finite")
+        k, norms = len(directions), _check(x, labels, directions, radii, dims[0], sum(sizes), chunk)
         scale = radii / norms
         self.x, self.labels, self.activation = x, labels, activation
         self.chunk = chunk or max(1, 2**18 // (dims[1] * x.shape[1]))
@@ -43,11 +49,15 @@ class Sharpness:
             out.mul_(s[:, None, None])
         self.steps = [(D * scale[:, None]).unflatten(1, (o, -1)) for D, o in zip(rest, dims[2:])]  # D_j behind layer 1
 
-    def __call__(self, weights):
+    def __call__(self, weights: Sequence[Tensor]) -> Tensor:
+        """φ at the weights, W_m (*E, d_m, d_{m-1}): shape E. Raises ValueError for weights that are not of `dims`."""
+        needed = [self.products.shape[1:2] + self.x.shape[:1], *(D.shape[1:] for D in self.steps)]
+        if [W.shape[-2:] for W in weights] != needed:
+            raise ValueError(f"weights are {[tuple(W.shape) for W in weights]}: dims need {[tuple(n) for n in needed]}")
         return _Perturbed.apply(self, *weights)
 
-    def value_and_gradient(self, weights, want_gradient):
-        """φ and, if wanted, [∂φ/∂W_1, …] of one member."""
+    def value_and_gradient(self, weights: Sequence[Tensor], want_gradient: bool) -> tuple[Tensor, list[Tensor]]:
+        """φ (a 0-d tensor) and, if wanted (zeros otherwise), [∂φ/∂W_1, …] of one member, W_m (d_m, d_{m-1})."""
         k, n = len(self.products), self.x.shape[1]
         z0, total = weights[0] @ self.x, 0.0
         error = torch.zeros_like(z0)  # Σ_j ∂L/∂z_1
@@ -73,9 +83,26 @@ class Sharpness:
         return total / (n * k), [G.div_(n * k) for G in gradients]
 
 
+def _check(x: Tensor, labels: Tensor, directions: Tensor, radii: Tensor, d_0: int, P: int, chunk: int | None) -> Tensor:
+    """The directions' norms, (k,), once everything is found in order."""
+    k, n = len(directions), x.shape[-1]
+    if directions.shape != (k, P) or radii.shape != (k,) or x.shape != (d_0, n) or labels.shape != (n,) or not k * n:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, labels, directions, radii))
+        needed = f"({d_0}, n), (n,), (k, {P}), (k,)"
+        raise ValueError(f"x, labels, directions, radii are {shapes}: dims need {needed}, k and n not 0")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be positive, got {chunk}")
+    norms = torch.linalg.vector_norm(directions, dim=1)
+    if not ((norms > 0) & norms.isfinite()).all():
+        raise ValueError("directions: each must be finite and not zero")
+    if not (radii.isfinite() & (radii > 0)).all():
+        raise ValueError("radii must be finite and positive")
+    return norms
+
+
 class _Perturbed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, objective, *weights):
+    def forward(ctx: torch.autograd.function.FunctionCtx, objective: Sharpness, *weights: Tensor) -> Tensor:
         flat = zip(*(W.detach().reshape(-1, *W.shape[-2:]) for W in weights))
         values, gradients = zip(*(objective.value_and_gradient(member, any(ctx.needs_input_grad)) for member in flat))
         ctx.save_for_backward(*(torch.stack(G).reshape(W.shape) for G, W in zip(zip(*gradients), weights)))
@@ -83,5 +110,5 @@ class _Perturbed(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
+    def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(upstream[..., None, None] * G for G in ctx.saved_tensors)

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli, plots
 from common.claims import Claim, Verdict, grade, interval, listed, table
 from common.data import published_split
-from common.mlp import StackedMLP, batch_loss, initial_weights, published_seeds
+from common.losses import batch_loss
+from common.mlp import StackedMLP, initial_weights, published_seeds
 from common.published import teleport_postactivation
 from common.run import Outcome
 from common.statistics import difference, mean_std, verdict

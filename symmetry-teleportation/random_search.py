@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, plots
 from common.claims import Claim, Verdict, grade, interval, listed, mean, table
-from common.mlp import StackedMLP, batch_loss, initial_weights, published_seeds
+from common.losses import batch_loss
+from common.mlp import StackedMLP, initial_weights, published_seeds
 from common.published import approximate_score
 from common.run import Outcome
 from common.statistics import difference, mean_std, verdict

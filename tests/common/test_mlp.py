@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.mlp import StackedMLP, cross_entropy, initial_weights, published_seeds
+from common.losses import batch_loss, cross_entropy
+from common.mlp import StackedMLP, initial_weights, published_seeds
 from common.statistics import difference, mean_std, verdict
+from teleport import leaky_relu
 
 DIMS = (12, 7, 6, 5)
 TORCH_OPTIMIZERS = {
@@ -106,9 +108,47 @@ def test_cross_entropy_with_labels_per_member():
     torch.testing.assert_close(cross_entropy(logits, labels), torch.tensor(expected))
 
 
-def test_unknown_optimizer():
-    with pytest.raises(ValueError, match="optimizer must be one of"):
-        StackedMLP(weights(), "Lion")
+def test_batch_loss_lets_a_diverged_member_be_nan():
+    """…and the others what torch computes, on a batch that is shared or each member's own."""
+    x, y = batches(1)
+    V, U = (W[:, :5, :12] for W in weights()[::2])
+    gone = V.clone()
+    gone[1] = math.nan
+    U = U[..., :5]
+    own = x.T.expand(3, *x.T.shape)
+    for X, labels in ((x.T, y), (own, y.expand(3, -1))):
+        loss = batch_loss(X, labels, leaky_relu(0.1))((gone, U))
+        assert loss.isnan().tolist() == [False, True, False]
+        logits = U[2] @ torch.nn.functional.leaky_relu(V[2] @ x.T, 0.1)
+        torch.testing.assert_close(loss[2], torch.nn.functional.cross_entropy(logits.T, y))
+
+
+@pytest.mark.parametrize("value", (0.0, -1.0, math.nan, math.inf))
+def test_a_learning_rate_that_is_not_positive_and_finite_is_named(value):
+    for lr in (value, torch.tensor([0.1, value, 0.1])):
+        with pytest.raises(ValueError, match="lr must be positive and finite"):
+            StackedMLP(weights(), lr=lr)
+
+
+def test_what_does_not_fit_is_named():
+    W, (x, y) = weights(), batches(1)
+    for message, call in (
+        ("optimizer must be one of", lambda: StackedMLP(W, "Lion")),
+        ("weights must be .* that chain", lambda: StackedMLP(W[::2])),
+        ("weights must be .* that chain", lambda: StackedMLP((W[0], W[1][:2], W[2]))),
+        ("weights must be .* that chain", lambda: StackedMLP([w[0] for w in W])),
+        ("weights must be .* that chain", lambda: StackedMLP(())),
+        ("slope", lambda: StackedMLP(W, slope=-0.1)),
+        ("slope", lambda: StackedMLP(W, slope=1.5)),
+        ("dims", lambda: initial_weights((12,), [0])),
+        ("dims", lambda: initial_weights((12, 0, 3), [0])),
+        ("seeds: none given", lambda: initial_weights(DIMS, [])),
+        ("batch_size", lambda: StackedMLP(W).train_epoch(x, y, 0)),
+        ("x and batch_size must not be empty", lambda: StackedMLP(W).train_epoch(x[:0], y[:0], 8)),
+        ("x has no samples", lambda: StackedMLP(W).evaluate(x[:0], y[:0])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_statistics():
