@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import teleport as tp
 from common import published
-from common.mlp import cross_entropy
+from common.losses import cross_entropy
 from teleport import (
     IDENTITY,
     RELU,
@@ -398,57 +398,6 @@ def test_random_search_finds_the_best_candidate(action):
     assert torch.equal(one_layer.weights[0], weights[0]) and not torch.equal(one_layer.weights[1], weights[1])
     for a, b in zip(search(weights, chunk_size=7).weights, moved.weights):
         close(a, b, 1e-12)
-
-
-# ---------------------------------------------------------------------------------------------------------- bad input
-
-
-def bad(message, function, *arguments, **options):
-    with pytest.raises(ValueError, match=message):
-        function(*arguments, **options)
-
-
-def test_bad_input_is_named():
-    weights = network(17, (8, 6, 5, 4))
-    V, U = weights[0], weights[1]
-    x, y = data(17, 8, 5, 4)
-    nan = V.clone()
-    nan[0, 0] = math.nan
-    singular = torch.ones(6, 6).double()
-    eye = torch.eye(6).double()
-    bad("do not chain", forward, (V, weights[2]), x, LEAKY)
-    bad("x 5×5 does not fit", forward, weights, x[:5], LEAKY)
-    bad("W_1 has values that are not finite", forward, (nan, *weights[1:]), x, LEAKY)
-    bad("x has values that are not finite", hidden_layers, weights, x / 0, LEAKY)
-    for action in (preactivation_action, postactivation_action):
-        bad("g is singular", action, U, V, x, singular, LEAKY)
-        bad("g is singular", action, U, V, x, torch.zeros(6, 6).double(), LEAKY)
-        bad("g is 5×5, expected 6×6", action, U, V, x, torch.eye(5).double(), LEAKY)
-        bad("V has values that are not finite", action, U, nan, x, eye, LEAKY)
-        bad("g has values that are not finite", action, U, V, x, eye * math.inf, LEAKY)
-        bad("do not chain", action, weights[2], V, x, eye, LEAKY)
-    bad("no inverse", postactivation_action, U, V, x, eye, RELU)
-    bad("range of tanh", postactivation_action, U, V, x, 100 * eye, TANH)
-    bad("not positively homogeneous", rescaling_action, U, V, torch.ones(6), TANH)
-    bad("s must be positive", rescaling_action, U, V, -torch.ones(6).double(), LEAKY)
-    bad("s must be positive", rescaling_action, U, V, torch.full((6,), math.nan).double(), LEAKY)
-    bad("do not chain", rescaling_action, U, V, torch.ones(5).double(), LEAKY)
-    bad("1 given, the network has 2 hidden layers", apply_to_layers, weights, x, [eye], preactivation_action, LEAKY)
-    bad("slope", leaky_relu, -0.1)
-    options = dict(objective=squared_gradient_norm, action=preactivation_action, activation=LEAKY, lr=1.0, steps=1)
-    bad("retraction", teleport, weights, x, losses(x, y), **options, retraction="cayley")
-    bad("bound", teleport, weights, x, losses(x, y), **options, bound=2.0)
-    bad("W_1 has values", teleport, (nan, *weights[1:]), x, losses(x, y), **options)
-    bad(
-        "objective: its gradient",
-        teleport,
-        weights,
-        x,
-        losses(x, y),
-        **{**options, "objective": lambda w: w[0].sum() / 0},
-    )
-    options = dict(action=preactivation_action, activation=LEAKY, scale=0.1, objective=squared_gradient_norm)
-    bad("candidates", random_search, weights, x, losses(x, y), candidates=0, generator=torch.Generator(), **options)
 
 
 @pytest.mark.parametrize("activation", [LEAKY, TANH, SIGMOID, IDENTITY, RELU])
