@@ -183,7 +183,7 @@ def _device(name: str) -> torch.device:
 def _present(data_dir: Path | None) -> list[str]:
     """The full-size datasets found in data_dir; those that are missing are named on stderr."""
     present, errors = [], []
-    for name in datasets.DOWNLOADS:
+    for name in datasets.FULL_SIZE:
         try:
             datasets.locate(name, data_dir)
             present.append(name)
