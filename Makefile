@@ -22,7 +22,7 @@ figures: .venv/installed
 	@echo; echo "The pictures are in figures/quick/, the numbers in results/quick/."
 
 test: .venv/installed-dev
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto
 
 paper: .venv/installed
 	@.venv/bin/python report.py --estimate

@@ -1,5 +1,6 @@
 """Shared by the tests: golden numbers, and every script run once at --preset tiny."""
 
+import fcntl
 import io
 import json
 import os
@@ -80,23 +81,40 @@ def read_results(folder):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """tiny(script) -> (run from the root, run from the script's own folder), both at --preset tiny, cached."""
+    """tiny(script) -> (run from the root, run from the script's own folder), both at --preset tiny, cached.
+
+    Workers of pytest-xdist share the runs: they lie in one folder, and a lock lets one worker make them.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    shared = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "tiny"
     cache = {}
 
     def run(script):
         if script not in cache:
-            places = {"root": ROOT, "own": (ROOT / script).parent}
-            folders = {k: tmp_path_factory.mktemp(f"{Path(script).stem}-{k}") for k in places}
-            started = {k: start_script(script, "--preset", "tiny", output=folders[k], cwd=places[k]) for k in places}
-            runs = []
-            for k, process in started.items():
-                stdout, stderr = process.communicate(timeout=240)
-                assert process.returncode == 0, f"{script} from {places[k]}:\n{stdout}\n{stderr}"
-                runs.append(TinyRun(script, folders[k], stdout, *read_results(folders[k] / "results" / "tiny")))
-            cache[script] = tuple(runs)
+            folder = shared / script.replace("/", "-")
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not (folder / "done").exists():
+                    run_tiny(script, folder)
+                    (folder / "done").touch()
+            cache[script] = tuple(
+                TinyRun(script, f, (f / "stdout").read_text(), *read_results(f / "results" / "tiny"))
+                for f in (folder / "root", folder / "own")
+            )
         return cache[script]
 
     return run
+
+
+def run_tiny(script, folder):
+    """The script at --preset tiny from the root and from its own folder, into folder/root and folder/own."""
+    places = {"root": ROOT, "own": (ROOT / script).parent}
+    started = {k: start_script(script, "--preset", "tiny", output=folder / k, cwd=places[k]) for k in places}
+    for k, process in started.items():
+        stdout, stderr = process.communicate(timeout=240)
+        assert process.returncode == 0, f"{script} from {places[k]}:\n{stdout}\n{stderr}"
+        (folder / k / "stdout").write_text(stdout)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,111 @@
+"""Arms as members of one stack: who is trained, who is moved, how and when, and what each move did.
+
+    ARMS = (Arm("baseline"), Arm("restart", restart=True), Arm("preactivation", move=ascend))
+    stack = Stack(ARMS, W, "Adam", lr, moves=8)          # every arm, learning rate and run is a member
+    stack.move(k, X, labels)                              # the k-th move of every arm that has one
+    curves = stack.train(run, data, epochs, batch, at={2: before_step})
+
+All arms start from the same weights and see the same mini-batches; a run's arms are teleported on the same batches. So
+whatever differs between an arm and the baseline of the same run is the arm's doing, and is compared in pairs.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.mlp import StackedMLP
+from common.run import Run
+from teleport import Teleportation
+
+
+class Arm(NamedTuple):
+    """One arm. Its name is true: `baseline`, its action's, `published`, `random`, `restart`, or its control's."""
+
+    name: str
+    move: Callable[..., Teleportation] | None = None  # move(weights, X, labels, …): None moves nothing
+    restart: bool = False  # its optimizer is built anew after each move
+    rate: float = 1.0  # of the learning rate that it was given
+
+
+class Stack:
+    """A arms × learning rates × runs as one StackedMLP, and the record of what each move did.
+
+    arms: in the order of every array's first axis. weights: (S, d_m, d_{m-1}), the runs' initial weights. rates: (F,)
+    learning rates of every arm, or a number, which leaves the axis F out. moves: how many there will be at most.
+
+    loss, objective: (A, [F,] S, moves, 2), on the move's batch, before and after; 0 for arms that do not move.
+    seconds: (A,), of all moves so far.
+    """
+
+    def __init__(
+        self, arms: Sequence[Arm], weights: Sequence[Tensor], optimizer: str, rates: Any, moves: int, **options: Any
+    ) -> None:
+        first = weights[0]
+        rates = torch.as_tensor(rates, dtype=first.dtype)
+        self.arms, self.shape = tuple(arms), (*rates.shape, len(first))
+        every = (len(self.arms), *self.shape)
+        factors = torch.tensor([arm.rate for arm in self.arms], dtype=first.dtype)
+        rates = factors.view(-1, *(1 for _ in self.shape)) * rates[..., None]
+        weights = [W.expand(*every, *W.shape[-2:]).flatten(0, len(self.shape)) for W in weights]
+        self.net = StackedMLP(weights, optimizer, rates.expand(every).flatten().to(first.device), **options)
+        self.loss, self.objective = (torch.zeros(*every, moves, 2, dtype=torch.float64) for _ in range(2))
+        self.seconds = torch.zeros(len(self.arms), dtype=torch.float64)
+
+    def members(self, a: int) -> slice:
+        """Where arm number a lies in the stack."""
+        size = self.net.members // len(self.arms)
+        return slice(a * size, (a + 1) * size)
+
+    def by_arm(self, values: Tensor) -> Tensor:
+        """Numbers of the members, (E, …), as (A, [F,] S, …)."""
+        return values.unflatten(0, (len(self.arms), *self.shape))
+
+    def move(self, k: int, *batch: Any, dtype: torch.dtype = torch.float32) -> None:
+        """The k-th move of every arm that has one: arm.move(weights ([F,] S, d_m, d_{m-1}), *batch); and the restarts."""
+        for a, arm in enumerate(self.arms):
+            mine, start = self.members(a), clock(self.net.lr.device)
+            if arm.move is not None:
+                moved = arm.move(tuple(W[mine].unflatten(0, self.shape).to(dtype) for W in self.net.weights), *batch)
+                self.net.set(mine, [W.flatten(0, -3).to(V.dtype) for W, V in zip(moved.weights, self.net.weights)])
+                self.loss[a, ..., k, :] = torch.stack([moved.loss_before, moved.loss_after], -1)
+                self.objective[a, ..., k, :] = torch.stack([moved.objective_before, moved.objective_after], -1)
+            if arm.restart:
+                self.net.reset(mine)
+            self.seconds[a] += clock(self.net.lr.device) - start
+
+    def train(
+        self, run: Run, data: Any, epochs: int, batch: int, at: Mapping[int, Callable], desc: str = "SGD"
+    ) -> dict:
+        """Train; at[epoch](i) comes before mini-batch i of that epoch, and may move.
+
+        data: x (n, d_0), y (n,), x_test, y_test. Returns the curves train_loss (mean batch loss of an epoch), test_loss
+        and test_accuracy, (A, [F,] S, epochs), and seconds (A, epochs) of one member: its share of the stack's time
+        and of its arm's moves, without the evaluation.
+        """
+        curves = {key: [] for key in ("train_loss", "test_loss", "test_accuracy", "seconds")}
+        training, device, own = 0.0, self.net.lr.device, self.net.members // len(self.arms)
+        for epoch in run.progress(range(epochs), desc=desc, unit="epoch"):
+            start, moving = clock(device), self.seconds.sum().item()
+            curves["train_loss"].append(self.net.train_epoch(data.x, data.y, batch, at.get(epoch)))
+            training += clock(device) - start - (self.seconds.sum().item() - moving)
+            for key, values in zip(("test_loss", "test_accuracy"), self.net.evaluate(data.x_test, data.y_test)):
+                curves[key].append(values)
+            curves["seconds"].append(training / self.net.members + self.seconds / own)
+        seconds = torch.stack(curves.pop("seconds"), -1)
+        return {**{key: self.by_arm(torch.stack(values, -1)) for key, values in curves.items()}, "seconds": seconds}
+
+
+def draw_batches(x: Tensor, y: Tensor, size: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """Each run's own random batch of rows of x (n, d_0), y (n,): X (S, d_0, size) and labels (S, size)."""
+    rows = torch.stack([torch.randperm(len(x), generator=g)[:size] for g in generators]).to(x.device)
+    return x[rows].mT, y[rows]
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,67 @@
+"""Arms as members of one stack: independent of each other, moved and recorded where they lie."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.arms import Arm, Stack, draw_batches
+from common.losses import batch_loss
+from common.mlp import StackedMLP, initial_weights
+from teleport import Teleportation, leaky_relu
+
+DIMS, SEEDS, RATES = (6, 5, 4, 3), [1, 2], torch.tensor([1e-2, 3e-2, 1e-1])
+RUN = SimpleNamespace(progress=lambda iterable, **_: iterable)
+
+
+def twice(weights, X, labels):
+    """A move that everybody sees: all weights doubled."""
+    moved, loss_fn = tuple(2 * W for W in weights), batch_loss(X, labels, leaky_relu(0.1))
+    norm = sum(W.square().sum((-2, -1)) for W in weights)
+    return Teleportation(moved, loss_fn(weights), loss_fn(moved), norm, 4 * norm)
+
+
+ARMS = (Arm("baseline"), Arm("twice", twice), Arm("restart", restart=True), Arm("lr x3", rate=3.0))
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 6, generator=generator), torch.randint(3, (60,), generator=generator)
+    return SimpleNamespace(x=x[:40], y=y[:40], x_test=x[40:], y_test=y[40:])
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_a_member_of_the_stack_is_the_run_that_is_trained_alone(data, optimizer):
+    stack = Stack(ARMS, initial_weights(DIMS, SEEDS), optimizer, RATES, moves=1)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    X, labels = draw_batches(data.x, data.y, 10, generators)
+    curves = stack.train(RUN, data, 3, 10, {1: lambda i: stack.move(0, X, labels) if i == 0 else None})
+
+    for a, arm in enumerate(ARMS):
+        for f, rate in enumerate(RATES):
+            for r, seed in enumerate(SEEDS):
+                alone = StackedMLP(initial_weights(DIMS, [seed]), optimizer, rate * arm.rate)
+                alone.train_epoch(data.x, data.y, 10)
+                if arm.move:
+                    alone.set(slice(None), twice(alone.weights, X[r], labels[r]).weights)
+                if arm.restart:
+                    alone.reset(slice(None))
+                losses = [alone.train_epoch(data.x, data.y, 10) for _ in range(2)]
+                torch.testing.assert_close(curves["train_loss"][a, f, r, 1:], torch.cat(losses))
+                torch.testing.assert_close(
+                    curves["test_loss"][a, f, r, -1:], alone.evaluate(data.x_test, data.y_test)[0]
+                )
+
+
+def test_moves_are_recorded_for_the_arms_that_move(data):
+    stack = Stack(ARMS, initial_weights(DIMS, SEEDS), "SGD", 1e-2, moves=2)
+    stack.move(
+        1, *draw_batches(data.x, data.y, 10, [torch.Generator().manual_seed(s) for s in SEEDS]), dtype=torch.float64
+    )
+    assert stack.objective.shape == (4, 2, 2, 2)
+    moved = stack.objective != 0
+    assert moved[1, :, 1].all() and moved.sum() == moved[1, :, 1].numel()
+    torch.testing.assert_close(stack.objective[1, :, 1, 1], 4 * stack.objective[1, :, 1, 0])
+    assert (stack.loss[1, :, 1, 0] != stack.loss[1, :, 1, 1]).all() and not stack.loss[[0, 2, 3]].any()
+    assert stack.net.weights[0].dtype == torch.float32
