@@ -64,7 +64,7 @@ class Stack:
         return values.unflatten(0, (len(self.arms), *self.shape))
 
     def move(self, k: int, *batch: Any, dtype: torch.dtype = torch.float32) -> None:
-        """The k-th move of the arms that have one, arm.move(weights ([F,] S, d_m, d_{m-1}), *batch), and the restarts."""
+        """The k-th move of the arms that have one: arm.move(weights ([F,] S, d_m, d_{m-1}), *batch); and restarts."""
         for a, arm in enumerate(self.arms):
             mine, start = self.members(a), clock(self.net.lr.device)
             if arm.move is not None:

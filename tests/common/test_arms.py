@@ -56,9 +56,8 @@ def test_a_member_of_the_stack_is_the_run_that_is_trained_alone(data, optimizer)
 
 def test_moves_are_recorded_for_the_arms_that_move(data):
     stack = Stack(ARMS, initial_weights(DIMS, SEEDS), "SGD", 1e-2, moves=2)
-    stack.move(
-        1, *draw_batches(data.x, data.y, 10, [torch.Generator().manual_seed(s) for s in SEEDS]), dtype=torch.float64
-    )
+    X, labels = draw_batches(data.x, data.y, 10, [torch.Generator().manual_seed(s) for s in SEEDS])
+    stack.move(1, X.double(), labels, dtype=torch.float64)
     assert stack.objective.shape == (4, 2, 2, 2)
     moved = stack.objective != 0
     assert moved[1, :, 1].all() and moved.sum() == moved[1, :, 1].numel()
