@@ -37,8 +37,9 @@ its inputs on a batch do not reach.
 """
 
 from teleporter.level_set import level_set_teleport
+from teleporter.low_rank import LowRankRotation
 from teleporter.null_space import null_space_teleport
 from teleporter.symmetry import Attention, Pair
 from teleporter.teleporter import Teleporter
 
-__all__ = ["Attention", "Pair", "Teleporter", "level_set_teleport", "null_space_teleport"]
+__all__ = ["Attention", "LowRankRotation", "Pair", "Teleporter", "level_set_teleport", "null_space_teleport"]

@@ -18,10 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
-# What an optimizer's state tensors of a parameter's shape are, in torch.optim.
-_GRADIENTS = ("exp_avg", "momentum_buffer")
-_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+from teleporter.state import checked, copies, kind_of
+from teleporter.symmetry import Slot, Symmetry
+from teleporter.verify import refuted
 
 
 class _Pair(NamedTuple):
@@ -36,21 +37,26 @@ class LowRankRotation:
 
     model: a peft LoRA model as peft builds it (modules with lora_A and lora_B, dictionaries of nn.Linear; scaling,
     dropout before A and a bias after B do not matter). pairs: instead, [(name of A, name of B), …], nn.Linear modules
-    between which nothing happens but multiplication by a number, A without a bias. optimizer: Adam or another of
-    torch.optim that holds the pairs' parameters. every: rotate at every so many calls of `step`; each call reads the
-    gradients. decay: of the gradients' covariance, a call.
+    between which nothing happens but multiplication by a number, A without a bias. optimizer: one or a list, that hold
+    the pairs' parameters. averaged: copies of the model that average its weights, or None; they rotate too. every:
+    rotate at every so many calls of `step`; each call reads the gradients. decay: of the gradients' covariance, a call.
+    inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments) for model(...), or None; with them
+    every pair is tried with a random element, on the model with disturbed weights, and left alone if outputs change.
 
     Attributes: names, of the pairs; left_alone, {name: why this pair is not rotated}.
 
     Raises ValueError if nothing can be rotated, for a name that is no nn.Linear of the model, parameters that the
-    optimizer does not hold, half precision, and a decay outside [0, 1] or an every below 1.
+    optimizer does not hold, a copy that is unlike the model, half precision, and a decay outside [0, 1] or an every
+    below 1.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | list,
         *,
+        averaged: nn.Module | dict | list | None = None,
+        inputs: Tensor | tuple | dict | None = None,
         pairs: list | None = None,
         every: int = 1,
         decay: float = 0.99,
@@ -59,7 +65,7 @@ class LowRankRotation:
             raise ValueError(f"every must be at least 1, got {every}")
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be between 0 and 1, got {decay}")
-        self.model, self.optimizer, self.every, self.decay, self.calls = model, optimizer, every, decay, 0
+        self.model, self.every, self.decay, self.calls = model, every, decay, 0
         self.left_alone, self._pairs = {}, []
         found = _lora(model) if pairs is None else [(" -> ".join(pair), *pair) for pair in pairs]
         uses = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
@@ -72,15 +78,32 @@ class LowRankRotation:
                 raise ValueError(f"pairs: {name}: {reason}")
             else:
                 self.left_alone[name] = reason
+        self._names = {p: name for name, p in model.named_parameters()}
+        if inputs is not None:
+            self._leave_alone(refuted(model, dict(model.named_parameters()), self._symmetries(), inputs))
         if not self._pairs:
             raise ValueError(
                 f"model: no low-rank pair found to rotate: {self.left_alone or 'it has no lora_A, lora_B'}"
             )
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if missing := [pair.name for pair in self._pairs if not {id(pair.A), id(pair.B)} <= held]:
-            raise ValueError(f"optimizer does not hold the parameters of {', '.join(missing)}")
+        rotating = {self._names[p]: p for pair in self._pairs for p in (pair.A, pair.B)}
+        self._optimizers, self._averages = checked(optimizer, rotating), copies(averaged, rotating)
+        if not self._optimizers:
+            raise ValueError("optimizer must be given: what a rotation changes is the step that an optimizer takes")
         self.names = [pair.name for pair in self._pairs]
         self._covariances = [pair.A.new_zeros(2 * pair.A.shape[:1]) for pair in self._pairs]
+
+    def _symmetries(self):
+        """The pairs as symmetries, to be tried."""
+        views = (lambda x: x.unsqueeze(0)), (lambda x: x.mT.unsqueeze(0))
+        return [
+            Symmetry(pair.name, "low_rank", (1, len(pair.A), len(pair.A)), (Slot(self._names[pair.A], False, views[0]),
+                                                                          Slot(self._names[pair.B], True, views[1])))
+            for pair in self._pairs
+        ]  # fmt: skip
+
+    def _leave_alone(self, wrong):
+        self.left_alone |= {name: f"a trial changed the output by {change:.2g}" for name, change in wrong.items()}
+        self._pairs = [pair for pair in self._pairs if pair.name not in wrong]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -118,19 +141,25 @@ class LowRankRotation:
         for k, (pair, Q) in enumerate(zip(self._pairs, rotations)):
             self._covariances[k] = Q @ self._covariances[k] @ Q.mT
             for parameter, (gradients, squares), move in zip((pair.A, pair.B), states[k], (_rows, _columns)):
-                for x in (parameter, *gradients, *([] if parameter.grad is None else [parameter.grad])):
+                averages = [copy[self._names[parameter]] for copy in self._averages]
+                for x in (parameter, *averages, *gradients, *([] if parameter.grad is None else [parameter.grad])):
                     x.copy_(move(x, Q))
                 for x in squares:
                     x.copy_(move(x, Q.square()))
 
     def _memory(self, name, parameter):
-        """What the optimizer remembers of a parameter: tensors like gradients, tensors like their squares."""
-        state = {k: x for k, x in self.optimizer.state.get(parameter, {}).items() if torch.is_tensor(x)}
-        state = {k: x for k, x in state.items() if x.shape == parameter.shape}
-        unknown = [k for k in state if k not in _GRADIENTS + _SQUARES]
-        if unknown or {"momentum_buffer", "square_avg"} <= set(state):  # RMSprop's momentum is of normalized gradients
-            raise ValueError(f"optimizer: how {', '.join(unknown or state)} of {name} rotates is not known")
-        return [state[k] for k in _GRADIENTS if k in state], [state[k] for k in _SQUARES if k in state]
+        """What the optimizers remember of a parameter: tensors that rotate as gradients do, and as their squares do."""
+        like_gradients, like_squares = [], []
+        for optimizer in self._optimizers:
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if all(torch.is_tensor(x) and x.ndim == 0 for x in tree_leaves(value)):
+                    continue
+                kind = kind_of(key, state)
+                if kind not in ("gradients", "weights", "squares") or value.shape != parameter.shape:
+                    raise ValueError(f"optimizer: how {key} of {name} rotates is not known")
+                (like_squares if kind == "squares" else like_gradients).append(value)
+        return like_gradients, like_squares
 
     def _check(self):
         for pair in self._pairs:
@@ -181,6 +210,8 @@ def _obstacle(first, second, uses):
     if parametrize.is_parametrized(first) or parametrize.is_parametrized(second):
         return "its weights are computed from others"
     A, B = first.weight, second.weight
+    if any(module._forward_hooks or module._forward_pre_hooks for module in (first, second)):
+        return "hooks see what passes between its factors"
     if first.bias is not None:
         return "A has a bias"
     if len(A) != B.shape[1]:

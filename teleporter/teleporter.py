@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport import Teleportation, postactivation_action, preactivation_action
 from teleporter.finder import Finder
+from teleporter.low_rank import LowRankRotation
 from teleporter.passes import gradient, kept_buffers, recorded_inputs, same_randomness, undone_on_error
 from teleporter.state import checked, copies, notes, resolve_unknown, transport
 from teleporter.symmetry import Attention, Pair
@@ -23,7 +24,10 @@ class Teleporter:
     """Moves a model's parameters, in place, along its symmetries to where an objective is larger.
 
     model: any nn.Module. symmetries: "auto" (all that are exact), or a list of "rescale", "attention" (found in the
-    model), Pair and Attention (given by hand); or ["preactivation"] or ["postactivation"]. objective: "gradient_norm",
+    model), Pair and Attention (given by hand); or ["preactivation"] or ["postactivation"]; or "low_rank" with objective
+    "gradient_eigenbasis" and an optimizer, which rotates the inner spaces of a LoRA (low_rank.py): `step()` then takes
+    nothing and goes between optimizer.step() and zero_grad(), `low_rank` is the LowRankRotation. objective:
+    "gradient_norm",
     ‖∂L/∂W‖² over all trainable parameters, or objective(loss, parameters) -> scalar, parameters {name: tensor}, which
     must be differentiable in them (through torch.autograd.grad(..., create_graph=True) if it uses gradients). maximize:
     False makes it smaller. bound: one step scales every channel, and every singular value of an attention element, by a
@@ -52,6 +56,16 @@ class Teleporter:
     def __init__(self, model, symmetries="auto", objective="gradient_norm", bound=2.0, *, maximize=True, optimizer=None,
                  averaged=None, strict=False, on_unknown_state=None, tolerance=1e-3, inputs=None,
                  total_bound=2.0**20):  # fmt: skip
+        self.low_rank = None
+        items = [symmetries] if isinstance(symmetries, str) else list(symmetries)
+        if objective == "gradient_eigenbasis" or "low_rank" in items:
+            if objective != "gradient_eigenbasis" or items != ["low_rank"]:
+                raise ValueError('symmetries "low_rank" and objective "gradient_eigenbasis" only go with each other')
+            if (bound, maximize, strict, on_unknown_state) != (2.0, True, False, None):
+                raise ValueError("bound, maximize, strict and on_unknown_state have no meaning for low_rank")
+            self.low_rank = LowRankRotation(model, optimizer, averaged=averaged, inputs=inputs)
+            self.symmetries, self.left_alone = [], self.low_rank.left_alone
+            return
         if not 1 < bound < math.inf:
             raise ValueError(f"bound must be a finite factor above 1, got {bound}")
         if not bound <= total_bound < math.inf:
@@ -60,7 +74,6 @@ class Teleporter:
             raise ValueError(f'objective must be "gradient_norm" or callable(loss, parameters), got {objective!r}')
         if on_unknown_state not in (None, "keep", "reset"):
             raise ValueError(f'on_unknown_state must be None, "keep" or "reset", got {on_unknown_state!r}')
-        items = [symmetries] if isinstance(symmetries, str) else list(symmetries)
         for item in items:
             if not isinstance(item, Pair | Attention) and item not in ("auto", "rescale", "attention", *_ACTIONS):
                 raise ValueError(f"symmetries: {item!r} is neither a kind of symmetry nor a Pair or Attention")
@@ -101,6 +114,8 @@ class Teleporter:
                     self.left_alone[symmetry.name] = reason
 
     def __repr__(self):
+        if self.low_rank is not None:
+            return repr(self.low_rank).replace("LowRankRotation", "Teleporter")
         lines = [(s.kind, f"{s.name} {'×'.join(map(str, s.shape))}") for s in self.symmetries]
         lines += [("left alone", f"output of {name}: {reason}") for name, reason in self.left_alone.items()]
         lines += [("not exact", note) for note in self._notes()]
@@ -138,7 +153,7 @@ class Teleporter:
             raise RuntimeError(f"every symmetry found changed the output when tried, which was undone\n{self}")
         self.symmetries, self.verified = kept, True
 
-    def step(self, inputs, loss_fn: Callable) -> Teleportation:
+    def step(self, inputs=None, loss_fn: Callable | None = None) -> Teleportation | None:
         """One teleport: ascend the objective of loss_fn(model(inputs)) over the symmetries, from the identity.
 
         inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments) for model(...). loss_fn(output)
@@ -151,6 +166,12 @@ class Teleporter:
         for each trial. Returns the Teleportation, its weights {name: parameter that may have moved}. Raises ValueError
         for a loss that is not a finite scalar, RuntimeError (parameters restored) if an exact symmetry moved the loss.
         """
+        if self.low_rank is not None:
+            if inputs is not None or loss_fn is not None:
+                raise ValueError("step() of low_rank takes no arguments: it reads the gradients that backward left")
+            return self.low_rank.step()
+        if loss_fn is None:
+            raise ValueError("step needs inputs and loss_fn")
         self._verify(inputs)
         moving = self._moving()
         outputs = []
@@ -186,6 +207,7 @@ class Teleporter:
 
     def random_tangents(self, generator=None) -> list:
         """Tangents as long as those of `step` in a random direction: `apply` them for a control."""
+        self._refuse_rotations()
         random = (torch.randn(s.shape, generator=generator, dtype=torch.float64) for s in self.symmetries)
         return [s.steepest(D) * math.log(self.bound) for s, D in zip(self.symmetries, random)]
 
@@ -196,6 +218,7 @@ class Teleporter:
         tangents of other shapes, not finite or beyond total_bound since the start; RuntimeError (parameters restored)
         for a model that was changed after the Teleporter was made, and for outputs that moved.
         """
+        self._refuse_rotations()
         if self.action is not None:
             raise ValueError("a data-dependent action has no meaning without data: use step")
         if [tuple(T.shape) for T in tangents] != [s.shape for s in self.symmetries]:
@@ -217,6 +240,10 @@ class Teleporter:
                 raise RuntimeError(f"moving changed the output by {change:.2g} of its size and was undone")
         self._remember(tangents)
 
+    def _refuse_rotations(self):
+        if self.low_rank is not None:
+            raise ValueError("a rotation has no tangents and is not undone: see Teleporter.low_rank.apply")
+
     def _output(self, inputs):
         if inputs is None:
             return []
@@ -234,6 +261,7 @@ class Teleporter:
         Exact as every move is; bit for bit where all factors were powers of two (rescalings by `step` with the default
         bound) and nothing under- or overflows.
         """
+        self._refuse_rotations()
         self._verify(None)
         while self.moves:
             symmetries, tangents = zip(*self.moves.pop())

@@ -1,20 +1,13 @@
 """LowRankRotation on a model built as peft builds a LoRA: exact, with the optimizer's memory, loud where it is not."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# By its path: nothing else of the package is needed.
-_PATH = Path(__file__).resolve().parents[2] / "teleporter" / "low_rank.py"
-_SPEC = importlib.util.spec_from_file_location("low_rank", _PATH)
-low_rank = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(low_rank)
-LowRankRotation = low_rank.LowRankRotation
+from teleporter import LowRankRotation, Teleporter
 
 
 class LoraLinear(nn.Module):
@@ -157,7 +150,7 @@ def test_what_it_cannot_do_it_says():
     adam = OPTIMIZERS["AdamW"](trainable(net))
     with pytest.raises(ValueError, match="no low-rank pair"):
         LowRankRotation(nn.Linear(3, 3), adam)
-    with pytest.raises(ValueError, match="does not hold.*0.default"):
+    with pytest.raises(ValueError, match="does not hold.*0.lora_A.default"):
         LowRankRotation(net, OPTIMIZERS["AdamW"](trainable(net)[2:]))
     with pytest.raises(ValueError, match="no module 'nowhere'"):
         LowRankRotation(net, adam, pairs=[("nowhere", "0.lora_B.default")])
@@ -211,3 +204,80 @@ def test_pairs_by_name():
     output = net(x)
     rotation.step()
     assert torch.allclose(net(x), output, rtol=1e-12, atol=1e-13)
+
+
+def test_the_teleporter_rotates_a_lora_and_refuses_what_has_no_meaning_for_it():
+    """The same run as LowRankRotation's, bit for bit, and another than without."""
+    runs = []
+    for make in (LowRankRotation, teleporter_of, None):
+        net = model()
+        adam = OPTIMIZERS["AdamW"](trainable(net))
+        runs.append(descend(net, adam, 30, make(net, adam).step if make else lambda: None))
+    assert torch.equal(runs[0], runs[1]) and not torch.allclose(runs[0], runs[2], rtol=1e-6)
+    teleporter = teleporter_of(net, adam)
+    assert "0.default: rank 3" in repr(teleporter) and teleporter.low_rank.names == ["0.default", "2.default"]
+    x, y = data()
+    for call in (
+        lambda: teleporter.step(x, lambda output: F.cross_entropy(output, y)),
+        lambda: teleporter.apply([]),
+        teleporter.random_tangents,
+        teleporter.undo,
+        lambda: Teleporter(net, "low_rank", optimizer=adam),
+        lambda: Teleporter(net, objective="gradient_eigenbasis", optimizer=adam),
+        lambda: Teleporter(net, ["low_rank", "rescale"], "gradient_eigenbasis", optimizer=adam),
+        lambda: Teleporter(net, "low_rank", "gradient_eigenbasis", bound=3.0, optimizer=adam),
+        lambda: Teleporter(net, "low_rank", "gradient_eigenbasis"),
+        lambda: Teleporter(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))).step(),
+    ):
+        with pytest.raises(ValueError, match="low_rank|rotation|optimizer must be given|needs inputs"):
+            call()
+
+
+def teleporter_of(net, adam):
+    return Teleporter(net, symmetries="low_rank", objective="gradient_eigenbasis", optimizer=adam)
+
+
+def test_a_pair_with_something_in_between_is_found_out_by_inputs_even_where_b_is_zero():
+    net, (x, _) = model(), data()
+    nn.init.zeros_(net[0].lora_B["default"].weight)
+    net[0].forward = lambda x, layer=net[0]: (
+        layer.base_layer(x) + layer.lora_B["default"](layer.lora_A["default"](x).relu())
+    )
+    before = copy.deepcopy(net.state_dict())
+    adam = OPTIMIZERS["AdamW"](trainable(net))
+    rotation = LowRankRotation(net, adam, inputs=x)
+    assert rotation.names == ["2.default"] and "changed the output" in rotation.left_alone["0.default"]
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    net[2].lora_A["default"].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="hooks see"):
+        LowRankRotation(net, adam, inputs=x)
+
+
+def test_averaged_copies_rotate_too_and_several_optimizers_are_one():
+    net, (x, _) = model(), data()
+    factors = trainable(net)
+    optimizers = [OPTIMIZERS["AdamW"](factors[:2]), OPTIMIZERS["momentum"](factors[2:])]
+    average = torch.optim.swa_utils.AveragedModel(net)
+    rotation = LowRankRotation(net, optimizers, averaged=average)
+    for _ in range(3):
+        F.cross_entropy(net(x), data()[1]).backward()
+        [o.step() for o in optimizers]
+    output, moments = average(x), optimizers[1].state[factors[2]]["momentum_buffer"].clone()
+    rotation.step()
+    assert torch.allclose(average(x), output, rtol=1e-12, atol=1e-13)
+    assert not torch.allclose(optimizers[1].state[factors[2]]["momentum_buffer"], moments)
+    average.update_parameters(net)  # half of either: only alike inner spaces may be averaged
+    assert not torch.allclose(average(x), output)
+    with pytest.raises(ValueError, match="averaged"):
+        LowRankRotation(net, optimizers, averaged=nn.Linear(2, 2))
+
+
+def test_an_optimizer_that_keeps_what_does_not_rotate_moves_nothing():
+    for kind in (torch.optim.Adafactor, torch.optim.Adadelta, torch.optim.Rprop):
+        net = model()
+        optimizer = kind(trainable(net))
+        descend(net, optimizer, 2)
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(ValueError, match="rotates is not known"):
+            LowRankRotation(net, optimizer).step()
+        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
