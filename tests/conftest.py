@@ -1,6 +1,7 @@
 """Shared by the tests: golden numbers, and every script run once at --preset tiny."""
 
 import fcntl
+import importlib.util
 import io
 import json
 import os
@@ -126,3 +127,23 @@ def golden():
             return {k: torch.from_numpy(np.asarray(v)) for k, v in archive.items()}
 
     return load
+
+
+def load_script(script):
+    """The script as a module under a name of its own: two folders have a multi_layer_regression.py."""
+    name = script.removesuffix(".py").replace("/", "_").replace("-", "_")
+    spec = importlib.util.spec_from_file_location(name, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def close(a, b, tolerance=1e-9):
+    """Equal to tolerance, relative and absolute."""
+    torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype), rtol=tolerance, atol=tolerance)
+
+
+def normal(seed, *shape):
+    """Normal numbers, float64."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""gradient-flow-symmetry/symmetry_ensemble.py, the data-dependent action, and what Figures 10 and 11 record."""
+"""Ensembles along the data-dependent action: members, votes, controls, attacks."""
 
 import sys
 
@@ -7,12 +7,9 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from teleport import TANH, leaky_relu, preactivation_action
-
 sys.path.insert(0, str(ROOT / "gradient-flow-symmetry"))
 
 import symmetry_ensemble as se
-from nonlinear_action import data_dependent_action
 
 SHAPE = (1, 6, 8)
 SIGMAS = [se.LEAKY_RELU, se.SQUARED_LEAKY_RELU]
@@ -32,53 +29,6 @@ def net():
 @pytest.fixture
 def images():
     return torch.rand(300, 48, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-
-# π(g, H)
-
-
-@pytest.mark.parametrize("sigma", [*SIGMAS, TANH], ids=lambda sigma: sigma.name)
-@pytest.mark.parametrize("n", [1, 5, 16])
-@pytest.mark.parametrize("minimal_change", [False, True])
-def test_pi_is_exact_on_its_batch_up_to_the_width(sigma, n, minimal_change):
-    g, H, U = torch.linalg.matrix_exp(normal(4, 16, 16) / 4), normal(4, 16, n, seed=1), normal(10, 16, seed=2)
-    pi = data_dependent_action(g, H, sigma, minimal_change)
-    before, after = U @ sigma.f(H), U @ pi @ sigma.f(g @ H)
-    assert ((after - before).norm() / before.norm()) <= 1e-9
-    new = normal(4, 16, 50, seed=3)
-    assert ((U @ pi @ sigma.f(g @ new) - U @ sigma.f(new)).norm() / (U @ sigma.f(new)).norm()) > 1e-2
-
-
-@pytest.mark.parametrize("sigma", SIGMAS, ids=ids)
-@pytest.mark.parametrize("n", [16, 40])
-def test_pi_is_what_the_preactivation_action_does_to_U_at_full_row_rank(sigma, n):
-    U, V, x = normal(10, 16), normal(16, 30, seed=1), normal(30, n, seed=2)
-    g = torch.linalg.matrix_exp(normal(16, 16, seed=3) / 4)
-    expected, _ = preactivation_action(U, V, x, g, sigma)
-    for minimal_change in (False, True):
-        moved = U @ data_dependent_action(g, V @ x, sigma, minimal_change)
-        torch.testing.assert_close(moved, expected, rtol=1e-8, atol=1e-8)
-
-
-def test_pi_for_few_samples_is_the_formula_or_keeps_what_it_does_not_see():
-    g, H, sigma = torch.linalg.matrix_exp(normal(8, 8) / 3), normal(8, 3, seed=1), leaky_relu(0.1)
-    formula = sigma.f(H) @ torch.linalg.pinv(sigma.f(g @ H))
-    torch.testing.assert_close(data_dependent_action(g, H, sigma), formula)
-    assert torch.linalg.matrix_rank(data_dependent_action(g, H, sigma)) == 3
-    eye = torch.eye(8, dtype=torch.float64)
-    torch.testing.assert_close(data_dependent_action(eye, H, sigma, minimal_change=True), eye)
-
-
-def test_pi_rejects_bad_input():
-    H = normal(4, 3)
-    with pytest.raises(ValueError, match="expected 4×4"):
-        data_dependent_action(normal(3, 3), H, TANH)
-    with pytest.raises(ValueError, match="g: not finite"):
-        data_dependent_action(normal(4, 4) / 0, H, TANH)
-    with pytest.raises(ValueError, match="H: not finite"):
-        data_dependent_action(normal(4, 4), H * torch.nan, TANH)
-    with pytest.raises(ValueError, match="g is singular"):
-        data_dependent_action(torch.zeros(4, 4, dtype=torch.float64), H, TANH, minimal_change=True)
 
 
 # The network
@@ -227,36 +177,3 @@ def test_pgd_climbs_within_its_ball():
     noisy = se.pgd(lambda z: z - target, x, 1, radius=0.25, step=0.1, noise=torch.ones(2, 20), low=0.45)
     torch.testing.assert_close(noisy[0], torch.full_like(x, 0.75))
     torch.testing.assert_close(noisy[1], torch.full_like(x, 0.65))
-
-
-# What the scripts record
-
-
-def test_figure_10_records_exactness_on_the_batch_and_change_on_new_samples(tiny):
-    run = tiny("gradient-flow-symmetry/ensemble_cifar.py")[0]
-    ((name, record),) = run.records.items()
-    arrays, settings = run.arrays[name], record["configuration"]["settings"]
-    moderate = [i for i, epsilon in enumerate(settings["epsilons"]) if epsilon <= 1]
-    own, new = (arrays[f"change_on_{where}"][:, se.ARMS.index("group"), moderate] for where in ("batch", "new"))
-    assert own.max() <= 1e-9 and new.min() > 1e-3
-    assert record["metrics"]["change_on_batch"]["0.1"] == own.max()
-    assert "own batch" in run.stdout and "new samples" in run.stdout
-    sizes = settings["sizes"]
-    own = arrays["size_change_on_batch"]
-    assert own[:, :, [size <= se.HIDDEN for size in sizes]].max() <= 1e-9
-    assert ((0 <= arrays["accuracy"]) & (arrays["accuracy"] <= 1)).all()
-    assert arrays["accuracy"].shape == (2, len(se.ARMS), len(settings["epsilons"]), len(settings["elements"]))
-
-
-def test_figure_11_says_who_was_attacked(tiny):
-    run = tiny("gradient-flow-symmetry/adversarial_cifar.py")[0]
-    ((name, record),) = run.records.items()
-    for attack in ("FGSM", "PGD"):
-        base, itself, either, published = run.arrays[name][attack].swapaxes(0, 1)
-        assert (base[:, 0] == itself[:, 0]).all()  # the original is the base model
-        assert (either <= base).all() and (either <= itself).all()
-        assert (base[..., 0] == itself[..., 0]).all() and (base[..., 0] == published[..., 0]).all()
-        for attacked in ("base model", "itself", "either", "published"):
-            assert f"{attack}/{attacked.replace(' ', '_')}" in record["metrics"]
-            assert attacked in run.stdout
-    assert (run.arrays[name]["FGSM"][:, 0, 0, -1] < run.arrays[name]["FGSM"][:, 0, 0, 0]).all()

@@ -1,0 +1,86 @@
+"""learn-to-teleport/multi_layer_regression.py: killed, diverging, what its results hold and where its figures go."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, load_script, read_results
+
+SCRIPT = ROOT / "learn-to-teleport" / "multi_layer_regression.py"
+
+
+KILLED = """
+import os, signal, runpy, sys
+from pathlib import Path
+sys.path.insert(0, {folder!r}); sys.path.insert(0, {root!r})
+from common.run import Run
+save, count = Run.save_checkpoint, []
+def save_and_die(self, key, arrays):
+    save(self, key, arrays)
+    count.append(1)
+    if len(count) == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+Run.save_checkpoint = save_and_die
+sys.argv = [{script!r}, "--preset", "tiny", "--output", {output!r}]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_script_killed_in_meta_training_continues_with_the_same_results(tiny, tmp_path):
+    names = {"folder": str(SCRIPT.parent), "root": str(ROOT), "script": str(SCRIPT), "output": str(tmp_path)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    code = KILLED.format(at=5, **names)  # half-way through the third of five trainings
+    killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    parts = sorted(path.name for path in (tmp_path / "results/tiny/learn_to_teleport.parts").iterdir())
+    assert "lr.npz" in parts and "update_published.checkpoint.npz" in parts and "update_published.npz" not in parts
+    options = ["--preset", "tiny", "--output", str(tmp_path), "--quiet"]
+    subprocess.run([sys.executable, str(SCRIPT), *options], env=environment, check=True)
+    _, arrays = read_results(tmp_path / "results" / "tiny")
+    expected = tiny("learn-to-teleport/multi_layer_regression.py")[0].arrays["learn_to_teleport"]
+    assert arrays["learn_to_teleport"].keys() == expected.keys()
+    for name, array in arrays["learn_to_teleport"].items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    assert not list(tmp_path.rglob("*.parts"))
+
+
+def test_script_reports_divergence_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # as Python does for the script it runs
+    script = load_script("learn-to-teleport/multi_layer_regression.py")
+    wild = {"quick": replace(script.PRESETS["tiny"], updater_rate=1e20, save_every=1)}
+    arguments = (wild, script.experiment, script.plot, script.report, script.judge)
+    with pytest.raises(SystemExit) as stop:
+        options = ["--output", str(tmp_path), "--quiet"]
+        script.cli.main(str(SCRIPT), "", *arguments, name="learn_to_teleport", argv=options)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "LSTM(update" in error and "checkpoint" in error
+
+
+def test_results_are_what_the_table_needs(tiny):
+    run = tiny("learn-to-teleport/multi_layer_regression.py")[0]
+    metrics, arrays = run.records["learn_to_teleport"]["metrics"], run.arrays["learn_to_teleport"]
+    for name, m in metrics.items():
+        published = "published" in name
+        if name.startswith("LSTM"):
+            assert m["largest_relative_drift"] <= 1e-5 or published, name
+        mean, low, high = m["ratio_to_GD"]
+        assert low <= mean <= high and m["verdict"] in ("better", "worse", "no difference")
+    final = arrays["gd/loss"][:, 0, :, -1].astype(float)
+    ratio = np.exp(np.log(final[1] / final[0]).mean())
+    assert metrics["GD, rates of the clamp"]["ratio_to_GD"][0] == pytest.approx(ratio, rel=1e-9)
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_figures_are_linked_from_the_script_s_folder(tiny):
+    folder = tiny("learn-to-teleport/multi_layer_regression.py")[0].folder
+    links = sorted((folder / "learn-to-teleport" / "figures" / "tiny").iterdir())
+    assert len(links) == 4
+    for link in links:
+        assert link.is_symlink() and not Path(os.readlink(link)).is_absolute()
+        assert link.resolve() == (folder / "figures" / "tiny" / link.name).resolve() and link.exists()
