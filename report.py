@@ -5,9 +5,9 @@
     python report.py --estimate # how long the committed results took
     python report.py --root DIR # your own: DIR/REPRODUCTION.md from DIR/results/
 
-A section for each script that states a CLAIM, in the order of the claims: the paper's claim, one verdict computed by
-the rule stated with it, the numbers, the pictures, the script's own closing table, the settings. Differences are
-paired by seed; "better" and "worse" mean that their 95 % t interval excludes zero.
+A section for each script that states a CLAIM, in the order of the claims: the paper's claim; did it come out again (the
+published numbers beside ours); does it survive its controls (one verdict, computed by the rule stated with it); the
+pictures, the script's own closing table, the settings.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import ROOT, UserError, run
-from common.claims import Claim
+from common.claims import QUESTIONS, Claim, duration, markdown, sentence_case
 from common.data import LABELS
 
 
@@ -89,44 +89,56 @@ def believe(judged):
     """The findings, a line each: the verdict, the claim, the numbers, the evidence."""
     return [
         f"- *{section.claim.says}* **{sentence_case(judgement)}.** {judgement.sentence} "
-        f"[{section.claim.figure}](LINK#{anchor(section)})"
+        f"[{section.claim.figure}](#{anchor(section)})"
         for section, _, judgement in judged
         if section.claim.headline and judgement
     ]
 
 
-def sentence_case(judgement):
-    text = str(judgement)
-    return text[0].upper() + text[1:]
+INTRODUCTION = """\
+# Reproduction
+
+Written by `python report.py` from `results/` alone; `python -m pytest tests/test_report.py` fails if the two disagree.
+Differences are paired by seed. *Better*, *worse*: the paired test, after Holm's correction where a rule makes several
+comparisons. *Equivalent*: the 90 % interval lies inside the margin. *Undecided*: neither; then the smallest effect that
+would have shown (80 % power) stands beside. Intervals: 95 %, over initializations; all runs of a figure see one order
+of the data unless it says otherwise.
+"""
 
 
 def reproduction(judged, root=ROOT):
-    lines = [
-        "# Reproduction",
-        "",
-        "Written by `python report.py` from `results/` alone; `python -m pytest tests/test_report.py` fails if the two",
-        "disagree. Differences are paired by seed; *better*, *worse*: their 95 % t interval excludes zero.",
-        "A verdict is computed by the rule beside it: a claim *holds* if the rule is met, *in part* as the rule says.",
-        "",
-        "## What to believe",
-        "",
-        *(line.replace("LINK#", "#") for line in believe(judged)),
-        "",
-        f"All results below took {total(records_of(judged))}.",
-        "",
-    ]
+    """REPRODUCTION.md: what stands in front, then a section for each figure with its two questions."""
+    lines = [*INTRODUCTION.splitlines(), "", *front(judged)]
     for section, results, judgement in judged:
         claim = section.claim
         lines += [f"## {title(section)}", "", f"{claim.source} ({claim.paper}): {claim.says}", ""]
         if not results:
             lines += [f"Not yet run at paper size: `python {section.script} --preset paper`.", ""]
             continue
-        lines += [f"**{sentence_case(judgement)}.** {judgement.sentence}", ""]
+        lines += [f"**Did it come out again?** {sentence_case(judgement.again())}.", "", *judgement.comparison()]
+        lines += [f"**Does it survive its controls?** {sentence_case(judgement)}. {judgement.sentence}", ""]
         lines += [f"*Rule ({claim.dated}): {claim.rule}*", ""]
         lines += [*(f"- {line}" for line in judgement.details), *([""] if judgement.details else [])]
         for result in results:
             lines += describe(result, root)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def front(judged):
+    """What to believe, what surprised, and the reviewers' questions."""
+    verdicts = [(verdict, f"[{section.claim.figure}](#{anchor(section)})") for section, _, verdict in judged if verdict]
+    lines = ["## What to believe", "", *believe(judged), "", f"All results below took {total(records_of(judged))}.", ""]
+    lines += [
+        "## Surprises",
+        "",
+        *(f"- {verdict.surprise} {link}" for verdict, link in verdicts if verdict.surprise),
+        "",
+    ]
+    lines += ["## Four questions of the reviewers", "", "Asked in the public reviews of ICLR 2024.", ""]
+    for key, question in QUESTIONS.items():
+        said = [f"{verdict.answers[key]} {link}" for verdict, link in verdicts if key in verdict.answers]
+        lines.append(f"- **{question}** {' '.join(said) or 'Not answered by these results.'}")
+    return [*lines, ""]
 
 
 def records_of(judged):
@@ -188,31 +200,31 @@ def mine(picture, result, root):
     return not any(picture.stem == o or picture.stem.startswith(o + "_") for o in others)
 
 
-def duration(seconds):
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def readme(judged):
-    rows = ["| what | command (`--preset paper`) | time | the claim |", "| --- | --- | --- | --- |"]
+    """README.md with its two tables: the headlines, and what every figure takes."""
+    findings, figures, link = [], [], "[{}](REPRODUCTION.md#{})".format
     for section, results, judgement in judged:
-        times = "; ".join(
-            duration(r.record["elapsed_seconds"]) + (f" ({r.label})" if len(results) > 1 else "") for r in results
-        )
-        word = f"[{judgement}](REPRODUCTION.md#{anchor(section)})" if judgement else ""
-        options = " --dataset all" if len(results) > 1 else ""
-        command = f"`python {section.script}{options}`"
-        rows.append(f"| {section.claim.figure} | {command} | {times or 'not yet run'} | {word} |")
-    rows += ["", f"All of it: {total(records_of(judged))}."]
-    findings = "\n".join(believe(judged)).replace("LINK#", "REPRODUCTION.md#")
+        claim, place = section.claim, anchor(section)
+        if claim.headline and judgement:
+            findings.append((sentence_case(claim.short), link(judgement.word, place), judgement.number))
+        seconds = sum(r.record["elapsed_seconds"] for r in results)
+        command = f"`{section.script}{' --dataset all' if len(results) > 1 else ''}`"
+        figures.append((link(claim.figure, place), command, duration(seconds) if results else "not yet run"))
+    tables = {
+        "findings": markdown(("claim", "verdict", "what decides"), findings),
+        "figures": [
+            *markdown(("figure", "`python … --preset paper`", "time"), figures),
+            "",
+            f"All of it: {total(records_of(judged))}.",
+        ],
+    }
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for key, content in (("findings", findings), ("figures", "\n".join(rows))):
+    for key, lines in tables.items():
         if f"<!-- begin: {key} -->" not in text or f"<!-- end: {key} -->" not in text:
             raise UserError(f"README.md has lost its marker <!-- begin: {key} --> or its end")
         text = re.sub(
             rf"(<!-- begin: {key} -->\n).*?(<!-- end: {key} -->)",
-            lambda match, content=content: match[1] + content + "\n" + match[2],
+            lambda match, lines=lines: match[1] + "\n".join(lines) + "\n" + match[2],
             text,
             flags=re.S,
         )

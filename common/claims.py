@@ -5,11 +5,18 @@ command line ends with the verdict, and report.py writes REPRODUCTION.md and the
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 HOLDS, IN_PART, FAILS, UNDECIDED = "holds", "holds in part", "does not hold", "undecided"  # a claim's verdicts
 REPRODUCED, NOT_REPRODUCED, NONE_AT_HAND = "reproduced", "not reproduced", "no published number at hand"
+QUESTIONS = {  # which the reviewers of ICLR 2024 asked in public, and which a Verdict may answer
+    "cost": "What does one teleport cost?",
+    "gain": "Does anything but AdaGrad gain?",
+    "direction": "Which direction of curvature helps?",
+    "when": "Does it matter when, and how often, one teleports?",
+}
 
 
 class Claim(NamedTuple):
@@ -48,6 +55,7 @@ class Verdict(NamedTuple):
     number: str = ""  # the one number that decides, for the README
     published: Sequence[Published] = ()
     surprise: str = ""  # what nobody expected, with its number
+    answers: Mapping[str, str] = MappingProxyType({})  # of QUESTIONS: a sentence with its numbers
 
     def __str__(self) -> str:
         return self.word if self.word == HOLDS or not self.limits else f"{self.word}: {self.limits}"
@@ -56,6 +64,11 @@ class Verdict(NamedTuple):
         """Did it come out again? In the words of the protocol."""
         compared = [row.agrees for row in self.published if row.agrees is not None]
         return (REPRODUCED if all(compared) else NOT_REPRODUCED) if compared else NONE_AT_HAND
+
+    def comparison(self) -> list[str]:
+        """The published numbers beside ours, as the lines of a Markdown table; none where there are none."""
+        rows = [(r.what, _number(r.published), _number(r.ours), r.setting or "none", r.source) for r in self.published]
+        return [*markdown(("what", "published", "ours", "difference in setting", "source"), rows), ""] if rows else []
 
 
 def grade(everything: object, something: object) -> str:
@@ -74,6 +87,12 @@ def table(header: Sequence, rows: Iterable[Sequence]) -> str:
     cells.insert(1, ["-" * width for width in widths])
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(header: Sequence, rows: Iterable[Sequence]) -> list[str]:
+    """The lines of a Markdown table; what would end a cell is escaped."""
+    cells = [[str(c).replace("|", "\\|").replace("\n", " ") for c in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *cells]]
 
 
 def interval(triple: Sequence[float], digits: int = 4) -> str:
@@ -95,6 +114,22 @@ def factor(triple: Sequence[float]) -> str:
 def listed(names: Sequence[str], last: str = ", ") -> str:
     """Names as text: a, b and c; "none" for none."""
     return last.join(filter(None, (", ".join(names[:-1]), *names[-1:]))) or "none"
+
+
+def sentence_case(text: object) -> str:
+    """The text with a capital first letter."""
+    return str(text)[:1].upper() + str(text)[1:]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as text, in s, min or h."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _number(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def mean(values: Sequence[float]) -> float:
