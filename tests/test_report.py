@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 import report
+from common.claims import Published
 
 SECTIONS = report.sections()
 
@@ -151,11 +152,36 @@ def test_every_file_and_anchor_named_exists(document):
         assert (ROOT / command).exists(), command
 
 
-def test_the_readme_example_runs():
-    text = (ROOT / "README.md").read_text()
-    for example in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+def test_the_readme_s_examples_run_and_are_short():
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert [len([line for line in example.splitlines() if line]) for example in examples] == [9, 8]
+    for example in examples:
         run = subprocess.run([sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
+
+
+def test_the_readme_is_read_in_a_minute():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 900
+    findings = re.search(r"begin: findings -->\n(.*?)<!--", text, flags=re.S)[1].splitlines()[2:]
+    for row in findings:
+        assert len(re.sub(r"\(\S*\)", "", row).replace("|", "").split()) <= 20, row
+    assert [
+        s.claim.figure for s in SECTIONS if s.claim.headline and f"#{report.anchor(s)})" not in "".join(findings)
+    ] == []
+
+
+def test_published_numbers_stand_beside_ours(tmp_path):
+    section = next(s for s in SECTIONS if s.script == "displacement_integration.py")
+    results = report.load(section)
+    row = Published("mean | distance", 0.75, 0.5, "its code", "no drift", agrees=False)
+    verdict = section.judge(results)._replace(published=[row], surprise="It turns.", answers={"cost": "Nothing."})
+    text = report.reproduction([(section, results, verdict)])
+    assert "**Did it come out again?** Not reproduced." in text
+    assert "| mean \\| distance | 0.75 | 0.5 | no drift | its code |" in text
+    assert "**What does one teleport cost?** Nothing. [Figure 7](#" in text and "- It turns. [Figure 7](#" in text
+    text = report.reproduction([(section, results, verdict._replace(published=[]))])
+    assert "**Did it come out again?** No published number at hand." in text
 
 
 def test_no_results_file_is_large_or_names_a_machine():
