@@ -166,9 +166,8 @@ def test_the_readme_is_read_in_a_minute():
     findings = re.search(r"begin: findings -->\n(.*?)<!--", text, flags=re.S)[1].splitlines()[2:]
     for row in findings:
         assert len(re.sub(r"\(\S*\)", "", row).replace("|", "").split()) <= 20, row
-    assert [
-        s.claim.figure for s in SECTIONS if s.claim.headline and f"#{report.anchor(s)})" not in "".join(findings)
-    ] == []
+    headlines = [s for s in SECTIONS if s.claim.headline and report.load(s)]
+    assert [s.claim.figure for s in headlines if f"#{report.anchor(s)})" not in "".join(findings)] == []
 
 
 def test_published_numbers_stand_beside_ours(tmp_path):
