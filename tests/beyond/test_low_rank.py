@@ -1,6 +1,9 @@
 """LowRankRotation on a model built as peft builds a LoRA: exact, with the optimizer's memory, loud where it is not."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,3 +284,13 @@ def test_an_optimizer_that_keeps_what_does_not_rotate_moves_nothing():
         with pytest.raises(ValueError, match="rotates is not known"):
             LowRankRotation(net, optimizer).step()
         assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_the_example_runs_and_its_rotations_keep_the_loss():
+    command = [sys.executable, "examples/lora.py", "--seeds", "2", "--steps", "20"]
+    run = subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [line for line in run.stdout.splitlines() if line.startswith(("Adam", "LoRA+"))]
+    assert len(rows) == 4 and sum("%" in row for row in rows) == 2
+    for row in rows:
+        assert float(row[58:68]) < 1e-5, row
