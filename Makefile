@@ -36,16 +36,35 @@ paper: .venv/installed
 benchmark: .venv/installed
 	.venv/bin/python benchmarks/benchmark.py
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+# Let .venv be of $(PYTHON)'s version and hold what a file requires. Copies in .venv tell what it was made with, and
+# that it was made here: another one is not thrown away.
+define install
+@version='import sys; print("%d.%d" % sys.version_info[:2])'; \
+wanted=$$($(PYTHON) -c "$$version") || wanted=missing; \
+case $$wanted in 3.1[0-4]) ;; *) \
+  echo "error: Python 3.10 to 3.14 is needed and $(PYTHON) is $$wanted: try make PYTHON=python3.12" >&2; exit 2;; \
+esac; \
+found=$$(.venv/bin/python -c "$$version" 2>/dev/null) || found=; \
+if [ "$$found" != $$wanted ]; then \
+  if [ "$$found" ] && [ ! -f .venv/requirements.txt ]; then \
+    echo "error: .venv is of Python $$found, not $$wanted: remove it, or make PYTHON=python$$found" >&2; exit 2; \
+  fi; \
+  $(PYTHON) -m venv --clear .venv || exit; \
+fi; \
+changed=; \
+for file in $(sort requirements.txt $(1)); do cmp -s $$file .venv/$$file || changed=yes; done; \
+if [ "$$changed" ]; then \
+  .venv/bin/python -m pip install --quiet -r $(1) && cp $(sort requirements.txt $(1)) .venv; \
+fi
+endef
 
-.venv/installed: requirements.txt | .venv/bin/python
-	.venv/bin/python -m pip install --quiet -r requirements.txt
-	@touch $@
+.PHONY: .venv/installed .venv/installed-dev
 
-.venv/installed-dev: requirements-dev.txt requirements.txt | .venv/bin/python
-	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
-	@touch $@ .venv/installed
+.venv/installed:
+	$(call install,requirements.txt)
+
+.venv/installed-dev:
+	$(call install,requirements-dev.txt)
 
 clean:
 	rm -rf figures/tiny figures/quick results/tiny results/quick
