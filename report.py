@@ -19,7 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from common import ROOT, UserError, run
+from common import ROOT, UserError, cli, files, run
 from common.claims import QUESTIONS, Claim, duration, markdown, sentence_case
 from common.data import LABELS
 
@@ -28,6 +28,7 @@ class Result(NamedTuple):
     """One results file and what belongs to it."""
 
     name: str
+    path: Path
     record: dict
     outcome: run.Outcome
     table: str
@@ -45,7 +46,8 @@ class Section(NamedTuple):
     module: dict  # its globals
 
     def judge(self, results):
-        return self.module["judge"](*(r.outcome for r in results))
+        with files.whole(*(r.path for r in results)):
+            return self.module["judge"](*(r.outcome for r in results))
 
 
 def sections():
@@ -70,11 +72,12 @@ def load(section, root=ROOT):
         path = root / "results" / f"{name}.json"
         if not path.exists():
             continue
-        record, outcome = run.read(path)
-        saved = record["configuration"]["settings"]
-        settings = kind(**{f.name: _tuples(saved[f.name]) for f in fields(kind) if f.name in saved})
-        outcome = outcome._replace(settings=settings)
-        results.append(Result(name, record, outcome, section.module["report"](outcome, settings)))
+        with files.whole(path):
+            record, outcome = run.read(path)
+            saved = record["configuration"]["settings"]
+            settings = kind(**{f.name: _tuples(saved[f.name]) for f in fields(kind) if f.name in saved})
+            outcome = outcome._replace(settings=settings)
+            results.append(Result(name, path, record, outcome, section.module["report"](outcome, settings)))
     return results
 
 
@@ -113,14 +116,15 @@ def reproduction(judged, root=ROOT):
         claim = section.claim
         lines += [f"## {title(section)}", "", f"{claim.source} ({claim.paper}): {claim.says}", ""]
         if not results:
-            lines += [f"Not yet run at paper size: `python {section.script} --preset paper`.", ""]
+            lines += [not_yet_run(section), ""]
             continue
         lines += [f"**Did it come out again?** {sentence_case(judgement.again())}.", "", *judgement.comparison()]
         lines += [f"**Does it survive its controls?** {sentence_case(judgement)}. {judgement.sentence}", ""]
         lines += [f"*Rule ({claim.dated}): {claim.rule}*", ""]
         lines += [*(f"- {line}" for line in judgement.details), *([""] if judgement.details else [])]
         for result in results:
-            lines += describe(result, root)
+            with files.whole(result.path):
+                lines += describe(result, root)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -139,6 +143,10 @@ def front(judged):
         said = [f"{verdict.answers[key]} {link}" for verdict, link in verdicts if key in verdict.answers]
         lines.append(f"- **{question}** {' '.join(said) or 'Not answered by these results.'}")
     return [*lines, ""]
+
+
+def not_yet_run(section):
+    return f"Not yet run at paper size: `python {section.script} --preset paper`."
 
 
 def records_of(judged):
@@ -232,35 +240,46 @@ def readme(judged):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the files are out of date")
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 and say what is out of date")
     parser.add_argument("--estimate", action="store_true", help="print how long the committed results took, and stop")
     parser.add_argument("--root", type=Path, default=ROOT, help="report on the results in this folder instead")
     options = parser.parse_args()
     if options.estimate:
-        records = [json.loads(path.read_text()) for path in (ROOT / "results").glob("*.json")]
+        records = [files.read_json(path) for path in (ROOT / "results").glob("*.json")]
         print(f"The {len(records)} committed results took {total(records)}.")
         return
-    found = [(section, load(section, options.root)) for section in sections()]
-    if not any(results for _, results in found):
-        sys.exit(f"error: no results of the paper preset in {options.root / 'results'}")
-    judged = [(section, results, section.judge(results) if results else None) for section, results in found]
-    documents = {"REPRODUCTION.md": reproduction(judged, options.root)}
-    if options.root == ROOT:
-        documents["README.md"] = readme(judged)
-    stale = []
+    try:
+        problems, documents = compose(options.root)
+    except UserError as error:
+        if not options.check:
+            raise
+        problems, documents = [str(error)], {}
     for name, text in documents.items():
         path = options.root / name
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            stale.append(name)
-            if not options.check:
-                run.write_text(path, text)
-    if options.check and stale:
-        sys.exit(f"out of date: {', '.join(stale)}; run python report.py")
+        if not options.check:
+            files.write_text(path, text)
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            problems.append(f"{name} is not what results/ says: run python report.py")
+    if options.check and problems:
+        sys.exit("\n".join(f"error: {problem}" for problem in problems))
+
+
+def compose(root):
+    """A line for each script whose results are gone that REPRODUCTION.md speaks of, and {document's name: text}."""
+    found = [(section, load(section, root)) for section in sections()]
+    if not any(results for _, results in found):
+        sys.exit(f"error: no results of the paper preset in {files.relative(root / 'results')}")
+    judged = [(section, results, section.judge(results) if results else None) for section, results in found]
+    documents = {"REPRODUCTION.md": reproduction(judged, root)}
+    missing = []
+    if root.resolve() == ROOT:
+        documents["README.md"] = readme(judged)
+        path = root / "REPRODUCTION.md"
+        known = path.read_text(encoding="utf-8") if path.exists() else ""
+        missing = [s.script for s, results, _ in judged if not results and not_yet_run(s) not in known]
+    return [f"the results of {script} are missing: run it with --preset paper" for script in missing], documents
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    cli.guard(main)

@@ -27,6 +27,8 @@ Results go to results/ (preset `paper`) or results/<preset>/, figures to figures
 """
 
 import argparse
+import contextlib
+import errno
 import sys
 import time
 from collections.abc import Callable
@@ -36,9 +38,12 @@ from typing import Any, NoReturn
 
 import torch
 
-from common import ROOT, UserError, plots, ranks
+from common import ROOT, UserError, plots, ranks, terminal
 from common import data as datasets
-from common.run import Run, relative
+from common.files import relative, whole
+from common.run import Outcome, Run
+
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def main(
@@ -66,14 +71,26 @@ def main(
 
 
 def guard(function: Callable[[], None]) -> None:
-    """Call function(); a user's mistake becomes one line and exit status 2, an interrupt a hint and 130."""
+    """Call function(); a user's mistake becomes one line and exit status 2, a full disk 1, an interrupt 130."""
+    terminal.accept_any_symbol()
     try:
         ranks.start()
-        function()
+        try:
+            function()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         sys.exit(_complain(error))
-    except OSError as error:  # a full disk, a read-only folder
-        sys.exit(_complain(f"{error.strerror or error}: {error.filename}" if error.filename else error))
+    except BrokenPipeError:  # whoever read the output has had enough
+        terminal.forget_output()
+        sys.exit(1)
+    except OSError as error:
+        full = error.errno in _NO_ROOM
+        where = f"{relative(error.filename)}: " if error.filename else ""
+        hint = "; make room and run the same command again: what is finished is kept" if full else ""
+        _complain(f"{where}{error.strerror or error}{hint}")
+        terminal.forget_output()
+        sys.exit(1 if full else 2)
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to continue", file=sys.stderr)
         sys.exit(130)
@@ -88,28 +105,42 @@ def _main(name, description, presets, experiment, plot, report, judge, own_optio
     subfolder = "" if options.preset == "paper" else options.preset
     outcomes = []
     for run in _runs(name, presets[options.preset], own_options, options, output / "results" / subfolder):
-        outcome, files = run.outcome(experiment, options.replot)
-        if ranks.RANK > 0:
-            continue
-        outcomes.append(outcome)
-        figures = output / "figures" / subfolder
-
-        def save(figure, suffix="", name=run.name, figures=figures, files=files):  # noqa: ANN001, ANN202
-            paths = plots.save(figure, figures, name + (f"_{suffix}" if suffix else ""))
-            files += paths
-            if links:
-                plots.link(paths, output / links / subfolder)
-
-        plot(outcome, run.settings, save)
-        if not options.quiet:
-            print(report(outcome, run.settings))
-            reused = "" if run.computed else " (results reused; --fresh computes them again)"
-            print("\nfiles: " + ", ".join(relative(f) for f in files) + reused)
+        with run.alone():
+            outcome, files = run.outcome(experiment, options.replot)
+            if ranks.RANK > 0:
+                continue
+            outcomes.append(outcome)
+            with _reading(run, files):
+                files += _draw(run, outcome, plot, output / "figures" / subfolder, links and output / links / subfolder)
+                if not options.quiet:
+                    print(report(outcome, run.settings))
+                    reused = "" if run.computed else " (results reused; --fresh computes them again)"
+                    print("\nfiles: " + ", ".join(relative(f) for f in files) + reused)
     if not options.quiet and ranks.RANK == 0:
-        verdict = judge(*outcomes)
+        with _reading(run, files):
+            verdict = judge(*outcomes)
         look = "" if options.preset == "paper" else " (a first look, not the paper's size)"
         print(f"verdict{look}: {verdict}. {verdict.sentence}")
         print(f"{time.perf_counter() - start:.1f} s")
+
+
+def _reading(run: Run, files: list[Path]) -> contextlib.AbstractContextManager:
+    """Results from disk may be damaged in any way; in those just computed an error is the script's own."""
+    return contextlib.nullcontext() if run.computed else whole(files[0])
+
+
+def _draw(run: Run, outcome: Outcome, plot: Callable, figures: Path, links: Path | None) -> list[Path]:
+    """Draw the figures, and links to them in a second folder if there is one; return the figures' paths."""
+    drawn = []
+
+    def save(figure: Any, suffix: str = "") -> None:
+        paths = plots.save(figure, figures, run.name + (f"_{suffix}" if suffix else ""))
+        drawn.extend(paths)
+        if links:
+            plots.link(paths, links)
+
+    plot(outcome, run.settings, save)
+    return drawn
 
 
 def _runs(name: str, settings: Any, own_options: dict, options: argparse.Namespace, folder: Path) -> list[Run]:

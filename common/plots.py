@@ -1,5 +1,6 @@
 """One plot style: readable in print and without colour (every curve has its own line style or marker)."""
 
+import io
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-from common.run import new_file  # noqa: E402
+from common.files import write  # noqa: E402
 
 # Okabe-Ito colours: distinct for colour-blind readers and of different lightness in grey.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
@@ -88,14 +89,14 @@ def log_loss(ax: plt.Axes) -> None:
 
 def save(figure: plt.Figure, folder: Path, name: str) -> list[Path]:
     """Write name.pdf and name.png into folder, complete or not at all, without dates; close the figure."""
-    paths = []
+    contents = {}
     for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
-        path = folder / f"{name}.{suffix}"
-        with new_file(path) as file:
-            figure.savefig(file, format=suffix, metadata=metadata)
-        paths.append(path)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix, metadata=metadata)
+        contents[folder / f"{name}.{suffix}"] = buffer.getvalue()
     plt.close(figure)
-    return paths
+    write(contents)
+    return list(contents)
 
 
 def link(paths: Sequence[Path], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""An experiment on disk: its finished parts, its results, and the files that nothing leaves half-written.
+"""An experiment on disk: its finished parts and its results (common/files.py writes them, whole or not at all).
 
     def experiment(run: Run) -> Outcome:
         parts, seconds = run.parts(train, {"Adam": "Adam", "SGD": "SGD"})      # finished parts are not computed again
@@ -11,6 +11,7 @@ JSON knows neither NaN nor infinity: both are written as null and read back, eve
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -18,12 +19,11 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from common import ROOT, UserError, ranks
 from common import data as datasets
+from common.files import load_npz, lock, npz, read_json, relative, save_npz, write, write_text
 
 
 class Outcome(NamedTuple):
@@ -98,15 +99,10 @@ class Run:
 
     def _finished(self, path: Path) -> dict | None:
         """The part that an earlier run finished, or None: not there, or damaged, which is said."""
-        if not path.exists():
-            return None
-        try:
-            arrays = load_npz(path)
+        arrays = _undamaged(path, "_seconds")
+        if arrays is not None:
             self._resumed[path.stem] = float(arrays["_seconds"])
-            return arrays
-        except (UserError, KeyError):
-            print(f"{relative(path)} is damaged and is computed again", file=sys.stderr)
-            return None
+        return arrays
 
     def save_checkpoint(self, key: str, arrays: dict) -> None:
         """Keep what part `key` has so far, should it be interrupted (not compressed: not for long)."""
@@ -114,8 +110,14 @@ class Run:
 
     def load_checkpoint(self, key: str) -> dict | None:
         """What save_checkpoint(key) kept last, or None."""
-        path = self._parts / f"{key}.checkpoint.npz"
-        return load_npz(path) if path.exists() else None
+        return _undamaged(self._parts / f"{key}.checkpoint.npz")
+
+    def alone(self) -> contextlib.AbstractContextManager:
+        """A context in which no other process runs this experiment. Raises UserError if one does."""
+        if ranks.RANK > 0:
+            return contextlib.nullcontext()
+        path = self.folder / f"{self.name}.lock"
+        return lock(path, f"{self.name} is running already, and writes to {relative(self.folder)}: wait for its end")
 
     @property
     def _parts(self) -> Path:
@@ -130,6 +132,8 @@ class Run:
         manifest = self._parts / "configuration.json"
         configuration = {**self.configuration(), "files": self.files}
         if ranks.LOCAL_RANK == 0:
+            if self._parts.is_symlink():
+                raise UserError(f"{relative(self._parts)} is a link, which is not followed: remove it")
             if self.fresh and self._parts.exists():
                 shutil.rmtree(self._parts)
             if manifest.exists():
@@ -167,14 +171,15 @@ class Run:
         if ranks.RANK > 0:
             return None, []
         outcome = outcome._replace(arrays={k: to_array(v) for k, v in outcome.arrays.items()})
-        record = self._record(outcome, time.perf_counter() - start)
-        save_npz(npz_path, outcome.arrays)
-        write_text(json_path, json.dumps(_plain(record), indent=1, allow_nan=False) + "\n")
+        arrays = npz(outcome.arrays)
+        record = self._record(outcome, time.perf_counter() - start, arrays)
+        text = json.dumps(_plain(record), indent=1, allow_nan=False) + "\n"
+        write({npz_path: arrays, json_path: text.encode()})
         self.close_parts()
         # Read back, so that a fresh run and a replot draw from the same numbers.
         return read(json_path)[1]._replace(settings=self.settings), [json_path, npz_path]
 
-    def _record(self, outcome: Outcome, seconds: float) -> dict:
+    def _record(self, outcome: Outcome, seconds: float, arrays: bytes) -> dict:
         return {
             "configuration": self.configuration(),
             "dataset": {"label": self.label(), "sha256": self.files},
@@ -186,6 +191,7 @@ class Run:
             "elapsed_seconds": seconds + sum(self._resumed.values()),
             "peak_memory_bytes": _peak_memory(),
             "git_commit": _git_commit(),
+            "arrays_sha256": hashlib.sha256(arrays).hexdigest(),
             "metrics": outcome.metrics,
             "timings": outcome.timings,
         }
@@ -195,38 +201,40 @@ class Run:
 # Reading
 
 
+_FORM = {
+    **dict.fromkeys(("configuration", "dataset", "versions", "metrics", "timings"), dict),
+    "seeds": list,
+    "device": str,
+    "threads": int,
+    "elapsed_seconds": float,
+}
+
+
 def read(json_path: Path) -> tuple[dict, Outcome]:
     """A results file as (record, Outcome). Raises UserError, naming the file, if it or its arrays are damaged."""
     record = read_json(json_path)
-    keys = {"configuration": dict, "dataset": dict, "seeds": list, "metrics": dict, "timings": dict}
-    if not all(isinstance(record.get(key), kind) for key, kind in keys.items()):
+    if not all(isinstance(record.get(key), kind) for key, kind in _FORM.items()):
         raise UserError(f"{relative(json_path)} is corrupt: run with --fresh to make it again")
     npz_path = json_path.with_suffix(".npz")
     if not npz_path.exists():
         raise UserError(f"{relative(npz_path)} is missing beside its JSON: run with --fresh to make both again")
+    if record.get("arrays_sha256") not in (None, hashlib.sha256(npz_path.read_bytes()).hexdigest()):
+        raise UserError(f"{relative(npz_path)} is not the one that was written with its JSON: run with --fresh")
     metrics, timings = _with_nan(record["metrics"]), _with_nan(record["timings"])
     label = record["dataset"].get("label", "")
     return record, Outcome(metrics, load_npz(npz_path), record["seeds"], timings, label)
 
 
-def read_json(path: Path) -> dict:
-    """The dict in a JSON file. Raises UserError, naming the file, if there is none."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise UserError(f"{relative(path)} is corrupt: run with --fresh to make it again")
-    return record
-
-
-def load_npz(path: Path) -> dict:
-    """The arrays of an NPZ file. Raises UserError, naming the file, if it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-    except Exception as error:  # zipfile, zlib and numpy each have their own
-        raise UserError(f"{relative(path)} is corrupt ({error}): run with --fresh to make it again") from None
+def _undamaged(path: Path, *keys: str) -> dict | None:
+    """The arrays of a file that can be made again, or None: not there, or damaged, which is said."""
+    if not path.exists():
+        return None
+    with contextlib.suppress(UserError):
+        arrays = load_npz(path)
+        if all(key in arrays for key in keys):
+            return arrays
+    print(f"{relative(path)} is damaged and is computed again", file=sys.stderr)
+    return None
 
 
 def _with_nan(value: Any) -> Any:
@@ -259,42 +267,6 @@ def _differences(found: dict, wanted: dict, prefix: str = "") -> Iterator[str]:
 # Writing
 
 
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, that takes its place under `path` only when it is complete.
-
-    Its temporary name is random, in the same folder; what stands at `path`, a link too, is replaced and never followed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            yield file
-        os.chmod(temporary, 0o666 & ~_UMASK)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-_UMASK = os.umask(0)  # it can only be read by setting it
-os.umask(_UMASK)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, UTF-8, complete or not at all."""
-    with new_file(path) as file:
-        file.write(text.encode())
-
-
-def save_npz(path: Path, arrays: dict, save: Callable = np.savez_compressed) -> None:
-    """Write arrays, complete or not at all. Raises TypeError for what would need pickle."""
-    if bad := [k for k, v in arrays.items() if np.asarray(v).dtype == object]:
-        raise TypeError(f"arrays that would need pickle: {bad}")
-    with new_file(path) as file:
-        save(file, **arrays)
-
-
 def to_array(value: Any) -> np.ndarray:
     """A tensor, number or array as a numpy array."""
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
@@ -322,7 +294,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
@@ -344,14 +316,9 @@ def _git_commit() -> str | None:
 
         def git(*arguments: str) -> str:
             return subprocess.run(
-                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10
+                ["git", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", check=True, timeout=10
             ).stdout.strip()
 
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def relative(path: Path) -> str:
-    """Relative to the current folder where possible: shorter to read, and no absolute path in messages."""
-    return os.path.relpath(path)

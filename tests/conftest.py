@@ -55,10 +55,11 @@ def run_script(script, *options, **where):
     return process.returncode, stdout, stderr
 
 
-def run_inside(script, *options, output, data_dir=None):
+def run_inside(script, *options, output, data_dir=None, encoding="utf-8"):
     """The same within this process, without the seconds that importing torch takes."""
     arguments = [script, "--output", str(output), *options, *(["--data-dir", str(data_dir)] if data_dir else [])]
-    stdout, stderr, path = io.StringIO(), io.StringIO(), list(sys.path)
+    stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
+    path = list(sys.path)
     status = 0
     sys.path.insert(0, str((ROOT / script).parent))  # as `python SCRIPT` does
     try:
@@ -68,7 +69,7 @@ def run_inside(script, *options, output, data_dir=None):
         status = stop.code or 0
     finally:
         sys.path[:] = path
-    return status, stdout.getvalue(), stderr.getvalue()
+    return status, *(stream.buffer.getvalue().decode(encoding) for stream in (stdout, stderr))
 
 
 def read_results(folder):

@@ -136,6 +136,65 @@ def test_a_report_on_results_of_ones_own(tmp_path):
     assert (ROOT / "README.md").read_text() == before
 
 
+@pytest.fixture
+def check(tmp_path, monkeypatch, capsys):
+    """A small repository whose documents are up to date, and report.py --check in it: its complaints, a line each."""
+    small = [s for s in SECTIONS if s.script.endswith(("booth.py", "rosenbrock.py"))]
+    monkeypatch.setattr(report, "sections", lambda: small)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    for name in ("booth", "rosenbrock"):
+        for suffix in ("json", "npz"):
+            shutil.copy(ROOT / "results" / f"{name}.{suffix}", tmp_path / "results")
+    shutil.copy(ROOT / "README.md", tmp_path)
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["report.py", *options])
+        try:
+            report.main()
+        except SystemExit as stop:
+            return str(stop.code).splitlines()  # printed by Python, with exit status 1
+        return []
+
+    assert run() == run("--check") == []
+    return tmp_path, lambda: run("--check")
+
+
+def test_check_complains_about_any_difference(check):
+    root, complaints = check
+    for document, generated in (("README.md", "All of it:"), ("REPRODUCTION.md", "All results below")):
+        text = (root / document).read_text(encoding="utf-8")
+        (root / document).write_text(text.replace(generated, "All"), encoding="utf-8")
+    assert [line.split()[1] for line in complaints()] == ["REPRODUCTION.md", "README.md"]
+    (root / "REPRODUCTION.md").unlink()
+    assert len(complaints()) == 2
+
+
+@pytest.mark.parametrize("key", ["findings", "figures"])
+@pytest.mark.parametrize("end", ["begin", "end"])
+def test_check_complains_about_a_missing_marker(check, key, end):
+    root, complaints = check
+    text = (root / "README.md").read_text(encoding="utf-8")
+    (root / "README.md").write_text(text.replace(f"<!-- {end}: {key} -->", ""), encoding="utf-8")
+    (line,) = complaints()
+    assert "README.md" in line and f"begin: {key}" in line
+
+
+def test_check_complains_about_missing_and_damaged_results(check):
+    root, complaints = check
+    kept = (root / "results" / "booth.npz").read_bytes()
+    (root / "results" / "booth.npz").write_bytes(kept[:100])
+    (line,) = complaints()
+    assert "booth.npz" in line
+    (root / "results" / "booth.npz").write_bytes(kept)
+    json_path = root / "results" / "booth.json"
+    json_path.write_text(json_path.read_text(encoding="utf-8").replace('"metrics": {', '"metrics": {}, "old": {'))
+    (line,) = complaints()
+    assert "booth.json" in line
+    json_path.unlink()
+    assert "booth.py" in complaints()[0] and len(complaints()) == 3  # and neither document says so
+
+
 @pytest.mark.parametrize("document", ["README.md", "REPRODUCTION.md"])
 def test_every_file_and_anchor_named_exists(document):
     text = (ROOT / document).read_text()

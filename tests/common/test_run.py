@@ -1,4 +1,4 @@
-"""An experiment on disk: numbers come back as they were, files are whole, damage is one line."""
+"""An experiment on disk: numbers come back as they were, damage is one line, one run at a time."""
 
 import math
 import os
@@ -66,6 +66,41 @@ def test_damaged_results_are_one_line_that_names_the_file(make_run, content):
     assert path.read_text() == content  # nothing is deleted
 
 
+def test_arrays_that_are_not_those_of_their_json_are_one_line(make_run):
+    make_run().outcome(experiment)
+    run.save_npz(make_run().folder / "experiment.npz", {"three": np.arange(3)})  # whole, but "two" is missing
+    with pytest.raises(UserError, match=r"experiment\.npz.*--fresh"):
+        make_run().outcome(experiment)
+
+
+def test_a_damaged_checkpoint_is_as_good_as_none(make_run, capsys):
+    first = make_run()
+    first.save_checkpoint("two", {"values": np.arange(2)})
+    assert first.load_checkpoint("two")["values"].tolist() == [0, 1] and first.load_checkpoint("three") is None
+    (first.folder / "experiment.parts" / "two.checkpoint.npz").write_bytes(b"PK")
+    assert first.load_checkpoint("two") is None and "damaged" in capsys.readouterr().err
+
+
+def test_parts_are_never_looked_for_behind_a_link(make_run, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "experiment.parts").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"experiment\.parts is a link"):
+        make_run().outcome(experiment)
+    assert not os.listdir(tmp_path / "elsewhere")
+
+
+def test_one_run_of_an_experiment_at_a_time(make_run):
+    first, other = make_run(), make_run()
+    other.name = "other"
+    with first.alone(), other.alone():  # different experiments share a folder
+        with pytest.raises(UserError, match="experiment is running already"):
+            with make_run().alone():
+                pass
+    with make_run().alone():
+        pass
+    assert not os.listdir(first.folder)
+
+
 def test_a_damaged_manifest_is_one_line_that_names_the_file(make_run):
     first = make_run()
     first.open_parts()
@@ -73,25 +108,6 @@ def test_a_damaged_manifest_is_one_line_that_names_the_file(make_run):
     manifest.write_text("")
     with pytest.raises(UserError, match="configuration.json.*--fresh"):
         make_run().open_parts()
-
-
-def test_a_link_is_replaced_and_not_followed(tmp_path):
-    treasure, path = tmp_path / "treasure", tmp_path / "result.json"
-    treasure.write_text("mine")
-    path.symlink_to(treasure)
-    (tmp_path / "result.json.tmp").symlink_to(treasure)  # a temporary name that somebody guessed
-    run.write_text(path, "new")
-    assert treasure.read_text() == "mine" and path.read_text() == "new" and not path.is_symlink()
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "result.npz"
-    run.save_npz(path, {"a": np.arange(3)})
-    before = path.read_bytes()
-    with pytest.raises(OSError), run.new_file(path) as file:
-        file.write(b"half")
-        raise OSError("no space")
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["result.npz"]
 
 
 def test_a_verdict_says_whether_it_came_out_again():
