@@ -31,11 +31,13 @@ def test_verdict_on_figures_5_and_13():
     metrics, epoch = results[0].metrics, results[0].settings.milestones[-2]
     for change, expected in (((-0.1, -0.2, -0.05), "holds"), ((0.1, -0.1, 0.3), "does not hold")):
         for optimizer in metrics:
-            metrics[optimizer]["teleport"][f"train_loss_{epoch}"].update(at_published_rate=change, at_best_rate=change)
+            metrics[optimizer]["preactivation"][f"train_loss_{epoch}"].update(
+                at_published_rate=change, at_best_rate=change
+            )
         assert word() == expected
-    metrics["Adam"]["teleport"][f"train_loss_{epoch}"].update(at_published_rate=(-0.1, -0.2, -0.05))
+    metrics["Adam"]["preactivation"][f"train_loss_{epoch}"].update(at_published_rate=(-0.1, -0.2, -0.05))
     assert word() == "does not hold"  # its gain would not survive the best learning rate
-    metrics["Adam"]["teleport"][f"train_loss_{epoch}"].update(at_best_rate=(-0.1, -0.2, -0.05))
+    metrics["Adam"]["preactivation"][f"train_loss_{epoch}"].update(at_best_rate=(-0.1, -0.2, -0.05))
     assert word() == "holds in part"
 
 
