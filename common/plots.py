@@ -31,7 +31,10 @@ plt.rcParams.update(
         "axes.spines.top": False,
         "axes.spines.right": False,
         "grid.alpha": 0.3,
-        "legend.frameon": False,
+        "legend.edgecolor": "none",  # a white ground: what runs behind a legend does not mix with its text
+        "legend.facecolor": "white",
+        "legend.fancybox": False,
+        "legend.framealpha": 0.85,
         "legend.handlelength": 3,
         "lines.linewidth": 1.5,
         "pdf.fonttype": 42,

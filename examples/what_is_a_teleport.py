@@ -64,8 +64,6 @@ def draw(moved, s, plain, jumped, twin):
         ["a level set of the loss", "teleport along it", "descent without", "descent after it", "minima"],
         loc="upper right",
         fontsize=8,
-        frameon=True,
-        edgecolor="none",
     )
     floor = 1e-12
     curves.semilogy(np.maximum(plain[1], floor), "o-", color=plots.COLORS[0], markersize=3, label="without")
