@@ -16,9 +16,57 @@ class Slot(NamedTuple):
     reads: bool
     view: Callable  # a tensor of the parameter's shape -> a view of it with the space in front: (groups, size, ...)
 
+    def act_(self, tensor: Tensor, M: Tensor) -> None:
+        """Multiply by M: one number for each entry, or a matrix for each group."""
+        x = self.view(tensor)
+        if M.ndim == 1:
+            x.mul_(M.reshape(*x.shape[:2], *[1] * (x.ndim - 2)))
+        else:
+            x.copy_(torch.einsum("hij,hj...->hi...", M, x))
+
+    def product(self, c: Tensor, x: Tensor, matrices: bool) -> Tensor:
+        """Σ c xᵀ over all but the space: the diagonal alone, or the matrix of each group."""
+        c, x = (y.reshape(*y.shape[:2], -1) for y in map(self.view, (c, x)))
+        return c @ x.mT if matrices else (c * x).sum(2).flatten()
+
+
+class Entries(NamedTuple):
+    """A slot that is scaled number by number; the interface is that of Slot."""
+
+    name: str
+    reads: bool
+    index: Tensor  # broadcasts to the parameter: which entry of the space scales this number; -1: none
+
+    def act_(self, tensor, M):
+        tensor.mul_(torch.cat([M, M.new_ones(1)])[self.index.to(M.device)])
+
+    def product(self, c, x, matrices):
+        index = self.index.to(x.device)
+        dims = [d for d in range(x.ndim) if index.shape[d] == 1]
+        products = (c * x).sum(dims, keepdim=True) if dims else c * x
+        total = products.new_zeros(int(index.max()) + 2).index_add_(0, (index + 1).flatten(), products.flatten())
+        return total[1:]
+
+
+class Rows(NamedTuple):
+    """A slot that is mixed row by row, along any dimension of the parameter; the interface is that of Slot."""
+
+    name: str
+    reads: bool
+    dim: int
+    table: Tensor  # (groups, size, repeats): which rows are this entry of that group
+
+    def act_(self, tensor, M):
+        x, table = tensor.movedim(self.dim, 0), self.table.to(tensor.device)
+        x[table] = torch.einsum("hij,hj...->hi...", M, x[table])
+
+    def product(self, c, x, matrices):
+        c, x = (y.movedim(self.dim, 0)[self.table.to(y.device)].flatten(2) for y in (c, x))
+        return c @ x.mT
+
 
 class Symmetry(NamedTuple):
-    """A hidden space. Its elements are exp(T), T of this shape: (size,) rescaling, (heads, d, d) attention."""
+    """A hidden space. Its elements are exp(T), T of this shape: (size,) for "rescale", otherwise (groups, d, d)."""
 
     name: str
     kind: str
@@ -43,21 +91,17 @@ class Symmetry(NamedTuple):
         for slot in self.slots:
             if tensors.get(slot.name) is None:
                 continue
-            x = slot.view(tensors[slot.name])
-            m = (dual if slot.reads else M).to(x)
-            if self.kind == "rescale":
-                x.mul_(m.reshape(*x.shape[:2], *[1] * (x.ndim - 2)))
-            else:
-                x.copy_(torch.einsum("hij,hj...->hi...", m, x))
+            x = tensors[slot.name]
+            slot.act_(x, (dual if slot.reads else M).to(x))
 
     def derivative(self, covectors: dict, vectors: dict) -> Tensor:
         """∂/∂T at T = 0 of Σ⟨covector, vector moved by exp(T)⟩; covectors = ∂objective/∂W, vectors = W."""
         total = torch.zeros(self.shape, dtype=torch.float64)
         for slot in self.slots:
-            c, x = (slot.view(tensors[slot.name]) for tensors in (covectors, vectors))
-            c, x = (y.detach().reshape(*y.shape[:2], -1) for y in (c, x))
+            c, x = (tensors[slot.name].detach() for tensors in (covectors, vectors))
             c, x = (-x, c) if slot.reads else (c, x)
-            total += ((c * x).sum(2).flatten() if self.kind == "rescale" else c @ x.mT).cpu()
+            found = slot.product(c, x, self.kind != "rescale").cpu()
+            total[: len(found)] += found  # Entries end with the last one that they scale
         return total
 
     def steepest(self, D: Tensor) -> Tensor:

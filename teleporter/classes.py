@@ -1,0 +1,95 @@
+"""Labels of channels that can only be scaled together."""
+
+import torch
+
+ANY, FIXED = 0, 1  # labels of a zero, which every scale leaves alone, and of a number that must stay
+
+
+class Classes:
+    """Labels joined into classes: a union-find with signs, that remembers why a class is FIXED."""
+
+    def __init__(self):
+        self.parent, self.sign, self.size, self.reason = [0, 1], [1, 1], [1, 1], {}
+        self.key, self.plain, self.attended = [0, 0], [False, False], set()  # see `refine`; plain: only linear maps
+
+    def fresh(self, n, key):
+        first = len(self.parent)
+        self.parent += range(first, first + n)
+        self.sign += [1] * n
+        self.size += [1] * n
+        self.key += [key] * n
+        self.plain += [True] * n
+        return torch.arange(first, first + n)
+
+    def find(self, label):
+        """(root, sign) of a label."""
+        k, sign = abs(label), 1 if label >= 0 else -1
+        while self.parent[k] != k:
+            sign *= self.sign[k]
+            k = self.parent[k]
+        return k, sign
+
+    def why(self, label):
+        """The reason of a label that is FIXED."""
+        k = abs(label)
+        while self.parent[k] not in (k, FIXED):
+            k = self.parent[k]
+        return self.reason.get(k, "it is not scaled")
+
+    def join(self, a, b, reason):
+        """label a = label b."""
+        (a, s), (b, t) = self.find(a), self.find(b)
+        if ANY in (a, b) or a == b and (s == t or a == FIXED):
+            return
+        if a == b:  # equal to its own inverse
+            b, t = FIXED, s
+        if b != FIXED and (a == FIXED or self.size[a] > self.size[b]):
+            a, b = b, a
+        self.parent[a], self.sign[a] = b, s * t
+        self.size[b] += self.size[a]
+        if b == FIXED:
+            self.reason[a] = reason
+
+    def unify(self, a, b, reason):
+        """Equal labels wherever two broadcast tensors of them meet; returns the labels of the result."""
+        a, b = torch.broadcast_tensors(a, b)
+        x, y = shrunk(a, b)
+        pairs = torch.unique(torch.stack([x.flatten(), y.flatten()]), dim=1) if x.numel() else x.new_zeros(2, 0)
+        for p, q in pairs.T[pairs[0] != pairs[1]].tolist():
+            self.join(p, q, reason)
+        return torch.where(a == ANY, b, a)
+
+    def unified(self, labels, dims, reason):
+        """Equal labels along these dimensions, which become of size 1."""
+        (x,) = shrunk(labels, dims=dims)
+        if not dims or all(x.shape[d] == 1 for d in dims):
+            return x
+        one, other = x.amax(dims, keepdim=True), x.amin(dims, keepdim=True)
+        one = torch.where(one > ANY, one, other)
+        self.unify(one, x, reason)
+        return one
+
+    def marked(self, labels):
+        """Note that something acts on each of these channels by itself: they scale, but do not mix."""
+        for k in torch.unique(*shrunk(labels)).tolist():
+            self.plain[abs(k)] = False
+        return labels
+
+    def refine(self, rows, attended=False):
+        """Labels of one key may mix. rows (n, size): channels that are read side by side; others are not among them."""
+        members = {}
+        for i, row in enumerate(torch.unique(rows.abs(), dim=0).tolist()):
+            for k in set(row):
+                members.setdefault(k, []).append(i)
+        for k, among in members.items():
+            self.key[k] = hash((self.key[k], tuple(among)))
+            if attended:
+                self.attended.add(k)
+
+
+def shrunk(*tensors, dims=None):
+    """The same tensors without the repetitions of expanded dimensions (those that all of them repeat)."""
+    for d in range(tensors[0].ndim) if dims is None else dims:
+        if all(x.stride(d) == 0 for x in tensors) and tensors[0].shape[d] > 1:
+            tensors = [x.narrow(d, 0, 1) for x in tensors]
+    return tensors

@@ -1,0 +1,177 @@
+"""Symmetries from a trace: which classes of labels are free, where they stand in the parameters, which of them mix."""
+
+from collections import defaultdict
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from teleporter.classes import FIXED
+from teleporter.passes import kept_attributes, same_randomness
+from teleporter.symmetry import Entries, Rows, Symmetry
+from teleporter.tracing import Tracer
+from teleporter.verify import called
+
+
+def traced(model, inputs):
+    """Candidates (symmetry, (), reason against it or None) of one forward pass of real inputs.
+
+    Raises ValueError for half precision, and whatever the model raises.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in parameters.items():
+        if p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} is {p.dtype}: use float32 parameters (autocast is fine)")
+    tracer = Tracer(model, parameters)
+    with same_randomness(model), kept_attributes(model):
+        with tracer.running():
+            output = called(model, inputs)
+        for x in tree_leaves(vars(output) if hasattr(output, "__dataclass_fields__") else output):
+            tracer.fix(x, "it is the output of the model")
+    labels = {name: _labels(tracer, name) for name, uses in tracer.uses.items() if uses}
+    places = {name: [_compressed(_roots(tracer.classes, x)) for x in pair] for name, pair in labels.items()}
+    found, names = [], set()
+    for symmetry, modules, reason in _candidates(tracer, places, list(parameters)):
+        name = symmetry.name
+        while name in names:  # two spaces between the same modules
+            name += "'"
+        names.add(name)
+        found.append((symmetry._replace(name=name), modules, reason))
+    return found + _left_alone(tracer, places, labels)
+
+
+def _left_alone(tracer, places, labels):
+    """One candidate, with its reason, for each module that has parameters of which nothing moves as a writer."""
+    reasons, moving = {}, {_module(name) for name, (write, _) in places.items() if (write != FIXED).any()}
+    for name in tracer.parameters:
+        if name not in places:
+            reason = "it is not used in this forward pass"
+        elif name in tracer.fixed:
+            reason = tracer.fixed[name]
+        else:
+            written = labels[name][0].flatten()
+            reason = tracer.classes.why(int(written[(written != FIXED).to(torch.uint8).argmax()]))
+        if _module(name) not in moving:
+            reasons.setdefault(_module(name), reason)
+    return [(Symmetry(name, "rescale", (0,), ()), (), reason) for name, reason in reasons.items()]
+
+
+def _labels(tracer, name):
+    """Labels that each number of a parameter writes and reads, of the parameter's shape."""
+    p = tracer.parameters[name]
+    (first, *others) = tracer.uses[name]
+    both = [torch.full((p.numel(),), FIXED, device=p.device) for _ in range(2)]
+    seen = torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
+    for index, *labels in (first, *others):
+        new = ~seen[index]
+        for whole, own in zip(both, labels):
+            whole[index[new]] = own[new]
+            tracer.classes.unify(whole[index], own, f"{name} is used in more than one way")
+        seen[index] = True
+    return [x.view(p.shape) for x in both]
+
+
+def _roots(classes, labels):
+    """Each label replaced by its class: ± root, FIXED."""
+    found, back = torch.unique(labels, return_inverse=True)
+    roots = [root * sign if root > FIXED else FIXED for root, sign in map(classes.find, found.tolist())]
+    return torch.tensor(roots, device=labels.device)[back].view(labels.shape)
+
+
+def _compressed(x):
+    """The same with size 1 where it does not vary."""
+    for d in range(x.ndim):
+        if x.shape[d] > 1 and bool((x == x.narrow(d, 0, 1)).all()):
+            x = x.narrow(d, 0, 1)
+    return x.clone()
+
+
+def _candidates(tracer, places, order):
+    roles = defaultdict(set)  # class -> {(parameter, whether it reads)}
+    for name, pair in places.items():
+        for x, reading in zip(pair, (False, True)):
+            for root in torch.unique(x).tolist():
+                if root != FIXED:
+                    roles[abs(root)].add((name, reading == (root > 0)))
+    spaces = defaultdict(list)
+    for root in sorted(roles):
+        spaces[frozenset(roles[root])].append(root)
+    keys, found = _keys(tracer.classes), []
+    for where, roots in spaces.items():
+        writers, readers = ([n for n in order if (n, reads) in where] for reads in (False, True))
+        named = " -> ".join(", ".join(dict.fromkeys(map(_module, names))) for names in (writers, readers) if names)
+        if not writers or not readers:
+            found.append((Symmetry(named, "rescale", (len(roots),), ()), (), "nothing reads it"))
+            continue
+        for kind, groups in _mixing(roots, keys):
+            slots = [slot for name, reads in sorted(where) for slot in _rows(name, reads, places[name], groups)]
+            if None not in slots:
+                shape = (len(groups), len(groups[0]), len(groups[0]))
+                found.append((Symmetry(named, kind, shape, tuple(slots)), (), None))
+                roots = [root for root in roots if not any(root in group for group in groups)]
+        if roots:
+            slots = [slot for name, reads in sorted(where) for slot in _entries(name, reads, places[name], roots)]
+            found.append((Symmetry(named, "rescale", (len(roots),), tuple(slots)), (), None))
+    return found
+
+
+def _module(name):
+    """The module that a parameter belongs to; its own name if that is the model."""
+    return name.rpartition(".")[0] or name
+
+
+def _keys(classes):
+    """{class: (what its members share with those of the classes that it mixes with, kind)} of those that may mix."""
+    members = defaultdict(list)
+    for label in range(FIXED + 1, len(classes.parent)):
+        root, sign = classes.find(label)
+        members[root].append((label, sign))
+    keys = {}
+    for root, labels in members.items():
+        first = labels[0][1]
+        keyed = [(classes.key[label], sign * first) for label, sign in labels if classes.key[label] is not None]
+        key = frozenset(keyed)
+        if keyed and len(key) == len(keyed) and all(classes.plain[label] for label, _ in labels):
+            keys[root] = key, "linear" if classes.attended.isdisjoint(label for label, _ in labels) else "attention"
+    return keys
+
+
+def _mixing(roots, keys):
+    """(kind, groups of classes that mix among themselves, all of one size) for each kind and size."""
+    groups, found = defaultdict(list), defaultdict(list)
+    for root in roots:
+        if root in keys:
+            groups[keys[root]].append(root)
+    for (_, kind), group in groups.items():
+        if len(group) > 1:
+            found[kind, len(group)].append(group)
+    return [(kind, same) for (kind, _), same in found.items()]
+
+
+def _standing(name, reads, pair):
+    """Where a parameter writes (or reads), +1 at a time: its two arrays of classes, negative where the other's."""
+    for x, reading in zip(pair, (False, True)):
+        yield x if reads == reading else -x
+
+
+def _rows(name, reads, pair, groups):
+    """The slots of classes that mix: rows or columns of the parameter. None among them if they stand otherwise."""
+    for x in _standing(name, reads, pair):
+        if not torch.isin(x, torch.tensor(sum(groups, []), device=x.device)).any():
+            continue
+        along = [d for d in range(x.ndim) if x.shape[d] > 1]
+        row = x.flatten()
+        table = [[(row == root).nonzero().flatten().tolist() for root in group] for group in groups]
+        if len(along) != 1 or len({len(places) for group in table for places in group}) != 1:
+            yield None
+        else:
+            yield Rows(name, reads, along[0], torch.tensor(table))
+
+
+def _entries(name, reads, pair, roots):
+    """The slots of classes that scale: for each number of the parameter, which of them it has."""
+    for x in _standing(name, reads, pair):
+        known, back = torch.unique(x, return_inverse=True)
+        numbers = dict(zip(roots, range(len(roots))))
+        index = torch.tensor([numbers.get(root, -1) for root in known.tolist()])[back.cpu()].view(x.shape)
+        if (index >= 0).any():
+            yield Entries(name, reads, index)

@@ -1,0 +1,439 @@
+"""Which numbers of a forward pass can only be scaled together: one real run, followed operation by operation.
+
+Each channel that a layer writes gets a label, an integer for the unknown logarithm of its scale (−k: of the inverse
+scale). Labels travel beside the tensors: what moves numbers about (view, cat, slicing) moves their labels by the same
+operation, what adds them makes their labels one, what multiplies by a parameter makes new ones, and what is not
+homogeneous makes them FIXED. What is not FIXED in the end is free, and every use of every parameter has been seen.
+"""
+
+import re
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from teleporter.classes import ANY, FIXED, Classes, shrunk
+
+# Names of aten operations. Those that move numbers about, with and without arithmetic that labels (integers) lack:
+MOVES = re.compile(
+    r"view|_unsafe_view|reshape|_reshape_alias|permute|transpose|t|expand|squeeze|unsqueeze|select|slice|split|unbind|"
+    r"split_with_sizes|clone|alias|detach|lift_fresh|unfold|flip|roll|repeat|repeat_interleave|index|_unsafe_index|cat|"
+    r"index_select|diagonal|gather|stack|constant_pad_nd|tril|triu|pixel_(un)?shuffle|channel_shuffle"
+)
+MOVES_AS_FLOATS = re.compile(r"im2col|(reflection|replication)_pad[123]d|(upsample|_upsample)_nearest(_exact)?[123]d")
+LINEAR = re.compile(r"neg|_to_copy|positive")
+HOMOGENEOUS = re.compile(r"relu|leaky_relu|abs|native_dropout|_prelu_kernel")
+SUMS = re.compile(r"add|sub|rsub|maximum|minimum|where|masked_fill")
+REDUCTIONS = re.compile(r"sum|mean|amax|amin|max|min|nansum|cumsum")
+POOLS = re.compile(r"_?(adaptive_)?(max|avg)_pool[123]d(_with_indices)?|_?upsample_(bi|tri)?(linear|cubic)[123]d(_aa)?")
+CLAMPS = re.compile(r"clamp(_min)?")
+SIGNS = re.compile(r"gt|ge|lt|le|eq|ne|sign|signbit|isnan|isinf|isfinite")  # the same for every positive scale
+MAKES = re.compile(r"(new_)?(zeros|ones|empty|full|empty_strided)|(zeros|ones|empty|full|rand|randn)_like")
+NORMS = re.compile(r"(_?native|cudnn|_fused|_batch)_?\w*norm\w*")
+
+
+@contextmanager
+def named_modules_on_stack(model, stack):
+    """stack[-1] is the name of the module whose forward is running."""
+    names = {id(m): name for name, m in model.named_modules()}
+
+    def enter(module, args):
+        if id(module) in names:
+            stack.append(names[id(module)])
+
+    def leave(module, args, output):
+        if id(module) in names:
+            stack.pop()
+
+    hooks = [
+        torch_module.register_module_forward_pre_hook(enter),
+        torch_module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# Of one tensor:
+KNOWN = re.compile(
+    "|".join(p.pattern for p in (MOVES_AS_FLOATS, LINEAR, HOMOGENEOUS, REDUCTIONS, POOLS, CLAMPS, SIGNS))
+)
+
+
+class Tracer(TorchDispatchMode):
+    """Follows the labels through the forward pass in its context.
+
+    labels: {tensor: its labels}; tags: {parameter or rearrangement of it: (name, flat positions in the parameter)}; a
+    tensor in neither is FIXED. uses: {name: [(positions, labels of what they write, labels of what they read)]}.
+    """
+
+    def __init__(self, model, parameters):
+        super().__init__()
+        self.classes, self.stack, self.model = Classes(), ["the model"], model
+        self.labels, self.tags = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self.uses = {name: [] for name in parameters}
+        self.whole, self.fixed, self.parameters, self.calls = {}, {}, parameters, 0
+        for name, p in parameters.items():
+            self.tags[p] = (name, torch.arange(p.numel(), device=p.device).view(p.shape))
+
+    @contextmanager
+    def running(self):
+        """The context of the one forward pass: no gradients, no fused attention, every operation in sight."""
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with ExitStack() as contexts:
+                contexts.enter_context(named_modules_on_stack(self.model, self.stack))
+                contexts.enter_context(torch.inference_mode())
+                contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
+                contexts.enter_context(self)
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with self:
+            output = function.decompose(*args, **kwargs)
+        if output is NotImplemented:
+            output = function(*args, **kwargs)
+            self.follow(function, args, kwargs, output)
+        return output
+
+    # Labels of arguments
+
+    def known(self, x):
+        return isinstance(x, Tensor) and (x in self.labels or x in self.tags)
+
+    def of(self, x):
+        """Labels of an argument: tensor (None: FIXED everywhere), parameter, number."""
+        if not isinstance(x, Tensor):
+            return torch.tensor(ANY if x == 0 or x in (float("inf"), float("-inf")) else FIXED)
+        if x in self.tags:
+            return self.written(*self.tags[x])
+        if x in self.labels:
+            return self.labels[x]
+        zero = x.ndim == 0 and not x.is_meta and x.item() == 0
+        return torch.full((), ANY if zero else FIXED, device=x.device).expand(x.shape)
+
+    def free(self, labels):
+        """Whether some of these labels are neither FIXED nor ANY."""
+        (x,) = shrunk(labels)
+        return any(self.classes.find(k)[0] > FIXED for k in torch.unique(x).tolist())
+
+    def written(self, name, index):
+        """Labels of a parameter's own numbers, each with its own: what adds a parameter writes with it."""
+        if name not in self.whole:
+            n = self.parameters[name].numel()
+            self.whole[name] = first = self.classes.fresh(n, None).to(index.device)
+            self.uses[name].append((torch.arange(n, device=index.device), first, torch.full_like(first, FIXED)))
+        return self.whole[name][index]
+
+    def fresh(self, n, like):
+        self.calls += 1
+        return self.classes.fresh(n, self.calls).to(like.device)
+
+    @property
+    def place(self):
+        return self.stack[-1] or "the model"
+
+    def block(self, labels, reason):
+        self.classes.unify(labels, torch.full((), FIXED, device=labels.device), reason)
+
+    # Operations
+
+    def follow(self, function, args, kwargs, output):
+        """Note what an operation does to the labels of its arguments, and give its output its own."""
+        name = function._schema.name.partition("::")[2]
+        in_place = name.endswith("_") and not name.endswith("__")
+        name = name.rstrip("_") if in_place else name
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        if MAKES.fullmatch(name) or not any(self.known(x) for x in tensors):
+            if name in ("zeros", "zeros_like", "new_zeros"):
+                self.labels[output] = torch.zeros(output.shape, dtype=torch.long, device=output.device)
+            return
+        if (
+            args
+            and isinstance(args[0], Tensor)
+            and args[0] in self.tags
+            and not in_place
+            and (MOVES.fullmatch(name) or name == "_to_copy")
+        ):
+            self.move_tag(function, args, kwargs, outputs)
+            return
+        labels = self.result(name, function, args, kwargs, outputs)
+        if in_place:
+            self.overwrite(args[0], labels, name)
+            return
+        for x, own in zip(outputs, labels if isinstance(labels, list) else [labels]):
+            if own is not None:
+                self.labels[x] = own if own.shape == x.shape else own.expand(x.shape)
+
+    def move_tag(self, function, args, kwargs, outputs):
+        name, index = self.tags[args[0]]
+        moved = function._schema.name.partition("::")[2]
+        moved = [index] if moved == "_to_copy" else _moved(function, moved, [index, *args[1:]], kwargs)
+        for x, y in zip(outputs, moved):
+            self.tags[x] = (name, y)
+
+    def overwrite(self, target, labels, name):
+        if labels is None:
+            labels = torch.full((), FIXED, device=target.device)
+        if target in self.labels:
+            if self.labels[target] is not labels:
+                self.labels[target].copy_(labels)
+        else:  # a buffer, or a parameter
+            self.block(labels, f"{name} in {self.place} stores it")
+
+    def result(self, name, function, args, kwargs, outputs):
+        """Labels of the outputs: one for the first of them, or a list; None for FIXED."""
+        handler = getattr(self, f"op_{name}", None)
+        if handler is not None:
+            return handler(*args, **kwargs)
+        if MOVES.fullmatch(name):
+            labels = tree_map(lambda x: self.of(x) if _is_float(x) else x, list(args))
+            if name == "constant_pad_nd" and len(args) > 2 and args[2] != 0:
+                labels[2] = FIXED
+            return _moved(function, name, labels, kwargs)
+        if SUMS.fullmatch(name):
+            return self.sum(name, args)
+        if name in ("mul", "div"):
+            return self.product(name, *args[:2])
+        if NORMS.fullmatch(name):
+            return self.norm(name, args, outputs[0])
+        if KNOWN.fullmatch(name):
+            labels = self.followed(name, function, self.of(args[0]), args, kwargs, outputs)
+            if labels is not NotImplemented:
+                return labels
+        for x in tree_leaves((args, kwargs)):
+            self.fix(x, f"{name} in {self.place} is not homogeneous")
+        return None
+
+    def followed(self, name, function, first, args, kwargs, outputs):
+        """The same for operations on one tensor; NotImplemented for options that are not homogeneous."""
+        if MOVES_AS_FLOATS.fullmatch(name):
+            return function(first.double(), *args[1:], **kwargs).round().long()
+        if LINEAR.fullmatch(name) and outputs[0].is_floating_point():
+            return first
+        if HOMOGENEOUS.fullmatch(name):
+            for x in args[1:]:
+                self.fix(x, f"{name} in {self.place} has it for a slope")
+            return self.classes.marked(first)
+        if CLAMPS.fullmatch(name) and args[1] == 0 and len(args) == 2:
+            return self.classes.marked(first)
+        if REDUCTIONS.fullmatch(name):
+            return self.reduction(name, first, args, kwargs, outputs)
+        if POOLS.fullmatch(name):
+            n = int(re.search("[123]", name)[0])
+            one = self.classes.unified(first, tuple(range(-n, 0)), f"{name} in {self.place} pools it")
+            return self.classes.marked(one).expand(outputs[0].shape)
+        if SIGNS.fullmatch(name) and (len(args) == 1 or not isinstance(args[1], Tensor) and args[1] == 0):
+            self.classes.marked(first)
+            return None
+        return NotImplemented
+
+    def fix(self, x, reason):
+        """What an argument holds must stay."""
+        if not self.known(x):
+            return
+        if x in self.tags:
+            name, index = self.tags[x]
+            fixed = torch.full_like(index, FIXED).flatten()
+            self.uses[name].append((index.flatten(), fixed, fixed))
+            self.fixed.setdefault(name, reason)
+        else:
+            self.block(self.labels[x], reason)
+
+    def sum(self, name, args):
+        a, b = args[1:3] if name == "where" else args[::2] if name == "masked_fill" else args[:2]
+        labels = self.classes.unify(self.of(a), self.of(b), f"it meets what is not scaled: {name} in {self.place}")
+        return labels if name in ("add", "sub", "rsub") else self.classes.marked(labels)
+
+    def reduction(self, name, labels, args, kwargs, outputs):
+        if len(args) > 1 and isinstance(args[1], Tensor):  # the larger of two
+            return self.sum(name, args)
+        dims = args[1] if len(args) > 1 else kwargs.get("dim")
+        dims = range(labels.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+        one = self.classes.unified(labels, tuple(d % labels.ndim for d in dims), f"{name} in {self.place} joins it")
+        if name == "cumsum":
+            return one.expand(outputs[0].shape)
+        if name in ("amax", "amin", "max", "min"):
+            self.classes.marked(one)
+        return one.reshape(outputs[0].shape)
+
+    def norm(self, name, args, output):
+        """Its own scale and shift write; what it normalizes stays."""
+        self.fix(args[0], f"{self.place} normalizes it")
+        last = "layer" in name or "rms" in name
+        w, b = (args[2], None if "rms" in name else args[3]) if last else args[1:3]
+        if not self.known(w):
+            self.fix(b, f"{self.place} has no scale")
+            return None
+        labels = self.classes.marked(self.of(w))
+        if b is not None:
+            labels = self.classes.unify(labels, self.of(b), f"the shift of {self.place} is not scaled")
+        return (labels if last else labels.view(-1, *[1] * (output.ndim - 2))).expand(output.shape)
+
+    # Products
+
+    def product(self, name, a, b):
+        if not isinstance(b, Tensor):
+            return self.of(a)
+        if name == "mul" and a in self.tags and b not in self.tags:
+            a, b = b, a
+        if name == "mul" and b in self.tags:
+            return self.gain(a, b)
+        self.fix(b if b in self.tags else None, f"{self.place} divides by it")
+        x, y = self.of(a), self.of(b)
+        shape = torch.broadcast_shapes(x.shape, y.shape)
+        if self.free(y):
+            if self.free(x):
+                self.block(y, f"{self.place} multiplies it with what is scaled as well")
+                self.classes.marked(x)
+            else:
+                return self.classes.marked(y if name == "mul" else -y).expand(shape)
+        elif any(n > 1 and x.ndim >= d and x.stride(-d) != 0 for d, n in enumerate(reversed(b.shape), 1)):
+            self.classes.marked(x)
+        return x.expand(shape)
+
+    def gain(self, a, b):
+        """A parameter b that multiplies each of its channels: it reads what was there and writes what comes."""
+        name, index = self.tags[b]
+        shape = torch.broadcast_shapes(a.shape, b.shape)
+        x = self.of(a).expand(shape)
+        labels, positions = shrunk(x, index.expand(shape))
+        read = torch.full((self.parameters[name].numel(),), FIXED, device=index.device)
+        read[positions.flatten()] = labels.flatten()
+        pairs = torch.stack([read[positions].flatten(), labels.flatten()]).unique(dim=1).T.tolist()
+        if any(self.classes.find(p) != self.classes.find(q) for p, q in pairs):  # one number for several channels
+            self.fix(b, f"{self.place} multiplies several channels by it")
+            return x if index.numel() == 1 else self.classes.marked(x)
+        write = self.fresh(len(read), index)
+        self.uses[name].append((index.flatten(), write[index.flatten()], self.at_rest(read[index.flatten()])))
+        self.classes.marked(x)
+        return self.classes.marked(write[index]).expand(shape)
+
+    @staticmethod
+    def at_rest(labels):
+        return torch.where(labels == ANY, FIXED, labels)
+
+    def operand(self, x, n):
+        """A matrix as (batch, ., .): its labels, or (name, positions) of a parameter."""
+        if x in self.tags:
+            return self.tags[x][0], self.tags[x][1][(None,) * n]
+        return self.of(x)[(None,) * n]
+
+    def op_bmm(self, a, b):
+        return self.contract(self.operand(a, 0), self.operand(b, 0))
+
+    def op_mm(self, a, b):
+        return self.contract(self.operand(a, 1), self.operand(b, 1))[0]
+
+    def op_mv(self, a, b):
+        return self.op_mm(a, self.column(b))[:, 0]
+
+    def column(self, x):
+        y = x[:, None]
+        for known in (self.tags, self.labels):
+            if x in known:
+                known[y] = (known[x][0], known[x][1][:, None]) if known is self.tags else known[x][:, None]
+        return y
+
+    def op_addmm(self, bias, a, b, **kwargs):
+        return self.biased(bias, self.op_mm(a, b))
+
+    def op_baddbmm(self, bias, a, b, **kwargs):
+        return self.biased(bias, self.op_bmm(a, b))
+
+    def biased(self, bias, labels):
+        return self.classes.unify(labels, self.of(bias), f"{self.place} adds what is not scaled")
+
+    def contract(self, A, B):
+        """Σ_k A[b, m, k] B[b, k, n]."""
+        if isinstance(A, tuple) and isinstance(B, tuple):  # A reads nothing and writes its columns
+            write = self.fresh(A[1].shape[2], A[1]).expand(A[1].shape)
+            self.uses[A[0]].append((A[1].flatten(), write.flatten(), torch.full_like(write, FIXED).flatten()))
+            A = write
+        if isinstance(A, tuple):
+            return self.contract(B.mT, (A[0], A[1].mT)).mT
+        if isinstance(B, tuple):
+            return self.linear(A, *B)
+        reason, classes = f"the product in {self.place} joins it", self.classes
+        size = (A.shape[0], A.shape[1], B.shape[2])
+        if not self.free(A):
+            rows = classes.unified(B, (1,), reason)
+            if self.free(B):
+                classes.refine(rows.expand(len(B), 1, B.shape[2])[:, 0], attended=True)
+            return rows.expand(size)
+        if not self.free(B):
+            return self.contract(B.mT, A.mT).mT
+        a, b = classes.unified(A, (1,), reason)[:, 0], classes.unified(B, (2,), reason)[:, :, 0]
+        for rows in (a, b):
+            classes.refine(rows, attended=True)
+        classes.unify(a, -b, f"{self.place} multiplies it with what is not scaled")
+        return torch.full((), FIXED, device=A.device).expand(size)
+
+    def linear(self, x, name, positions):
+        """A parameter's matrix (batch or 1, k, n) reads the last dimension of x (batch, m, k) and writes anew."""
+        size = (*x.shape[:2], positions.shape[2])
+        if bool((positions == positions[:1]).all()):  # the same for the whole batch
+            positions = positions[:1]
+        dims = (1,) if len(positions) > 1 or len(x) == 1 else (0, 1)
+        read = self.classes.unified(x, dims, f"{self.place} reads it at every position alike")
+        read = read.expand(len(positions), 1, x.shape[2])
+        write = self.fresh(len(positions) * size[2], positions).view(-1, 1, size[2])
+        self.classes.refine(read[:, 0])
+        everywhere = (labels.expand(positions.shape).flatten() for labels in (write, self.at_rest(read.mT)))
+        self.uses[name].append((positions.flatten(), *everywhere))
+        return write.expand(size)
+
+    def op_convolution(self, x, w, b, stride, padding, dilation, transposed, output_padding, groups):
+        if w not in self.tags:
+            for y in (x, w, b):
+                self.fix(y, f"{self.place} has a weight that is computed or frozen")
+            return None
+        name, index = self.tags[w]
+        n, ones, alone = index.ndim - 2, [1] * (index.ndim - 2), index.shape[1]
+        read = self.classes.unified(self.of(x), (0, *range(2, 2 + n)), f"{self.place} reads it at every position alike")
+        read = self.at_rest(read.reshape(-1))
+        write = self.fresh(alone * groups if transposed else len(index), index)
+        inner, outer = (write, read) if transposed else (read, write)  # the second dimension counts within a group
+        inner = inner.view(groups, alone).repeat_interleave(len(index) // groups, 0)
+        inner, outer = inner.view(*index.shape[:2], *ones), outer.view(-1, 1, *ones)
+        pair = (inner, outer) if transposed else (outer, inner)
+        self.uses[name].append((index.flatten(), *(y.expand(index.shape).flatten() for y in pair)))
+        self.classes.refine(read[None])
+        if groups > 1:
+            self.classes.marked(torch.cat([read, write]))
+        if b is not None:
+            self.biased(b, write)
+        return write.view(1, -1, *ones)
+
+    def op_embedding(self, w, positions, *options):
+        if w not in self.tags:
+            return self.of(w)[:1].expand(*positions.shape, -1) if w in self.labels else None
+        name, index = self.tags[w]
+        write = self.fresh(index.shape[1], index)
+        fixed = torch.full((), FIXED, device=index.device).expand(index.shape)
+        self.uses[name].append((index.flatten(), write.expand(index.shape).flatten(), fixed.flatten()))
+        return write.expand(*positions.shape, -1)
+
+
+def _moved(function, name, args, kwargs):
+    """The labels of what an operation moves: a list; their strides are not those of the tensors."""
+    if name in ("view", "_unsafe_view", "_reshape_alias"):
+        return [args[0].reshape(args[1])]
+    moved = args[0].clone() if name == "clone" else function(*args, **kwargs)
+    return list(moved) if isinstance(moved, list | tuple) else [moved]
+
+
+def _is_float(x):
+    return isinstance(x, Tensor) and x.is_floating_point()
