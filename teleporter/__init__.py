@@ -14,8 +14,12 @@ writers by M and the readers by M^-T, so that what passes between them stays the
                   ConvTranspose, MultiheadAttention's inputs. A residual stream is one space.
     "attention"   M in GL(d_head), one per head: queries write and keys read, since q·k is preserved; values write and
                   the output projection reads.
+    "linear"      M in GL(r) between two linear maps with nothing in between (LoRA, low-rank factors). With inputs.
 
-Both are exact for every input, in training and in evaluation mode. A BatchNorm between two layers is no obstacle: its
+With `inputs=`, one real run is followed operation by operation, whatever the model is written in: products (SwiGLU),
+concatenations, grouped convolutions, gains, attention in any form. Without, the graph that torch.fx finds is searched.
+
+All are exact for every input, in training and in evaluation mode. A BatchNorm between two layers is no obstacle: its
 scale and shift are the writer, its statistics stay. What comes before a normalization is left alone: in training mode
 the loss does not depend on its scale (up to ε), so that moving it would only change its learning rate; in evaluation
 mode it could be traded against the scale and statistics of the BatchNorm, but that breaks when training goes on.

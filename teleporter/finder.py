@@ -12,13 +12,10 @@ from teleport import SIGMOID, TANH, leaky_relu
 from teleporter.layers import (
     CONV,
     CONV_TRANSPOSE,
-    HOMOGENEOUS,
     NORM,
-    POOLING,
     Channels,
     Flow,
-    flattens,
-    mean_over,
+    passes,
     reader,
     rows,
     split_dim,
@@ -26,6 +23,7 @@ from teleporter.layers import (
 )
 from teleporter.passes import kept_attributes
 from teleporter.symmetry import Attention, HiddenAction, Pair, Slot, Symmetry
+from teleporter.traced import traced
 
 
 def attribute_of(module, path):
@@ -46,6 +44,21 @@ def _graphs(module, prefix=""):
         children = {n.target: module.get_submodule(n.target) for n in graph.nodes if n.op == "call_module"}
     for name, child in children.items():
         yield from _graphs(child, f"{prefix}{name}.")
+
+
+def exact_candidates(model, finder, kinds, inputs):
+    """Candidates of these kinds ("auto", "rescale", "attention"): of one run of the inputs if there are any, otherwise,
+    or if that run cannot be followed, of the finder's graphs."""
+    scaling, mixing = kinds & {"auto", "rescale"}, kinds & {"auto", "attention"}
+    if inputs is not None and (scaling or mixing):
+        try:
+            found = traced(model, inputs)
+        except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError) as error:
+            failed = Symmetry("trace of the inputs", "rescale", (0,), ()), (), f"{type(error).__name__}: {error}"
+        else:
+            return [c for c in found if c[2] or (scaling if c[0].kind == "rescale" else mixing)]
+        return [failed, *(finder.spaces if scaling else []), *(finder.heads if mixing else [])]
+    return (finder.spaces if scaling else []) + (finder.heads if mixing else [])
 
 
 class Finder:
@@ -191,17 +204,8 @@ class Finder:
         if op.strip("i_") in ("add", "sub") and len(args) == 2 and all(n in flows for n in args):
             obstacles = (f.channels.blocked for f in inputs if f.channels.blocked)
             return self.add(flows, *map(flows.get, args)) or blocked(next(obstacles, "unlike tensors are added"))
-        if len(inputs) == 1:
-            if HOMOGENEOUS.fullmatch(op):
-                return flow
-            if POOLING.fullmatch(op) and flow.dim == 1 and not getattr(module, "return_indices", False):
-                return flow
-            if op.strip("i_") in ("mul", "truediv", "div") and args[0] in flows and args[1:] and args[1] not in flows:
-                return flow  # by a number
-            if flattens(op, node, module) and flow.dim and flow.flat is None:
-                return flow._replace(dim=-1, positions=0, flat=flow.dim == 1)
-            if op == "mean" and flow.flat is None and mean_over(node, flow):
-                return flow._replace(dim=-1, positions=0)
+        if len(inputs) == 1 and (after := passes(op, node, module, flow, flows)) is not None:
+            return after
         if op == "scaled_dot_product_attention":
             self.heads += self.plain_attention(prefix, node)
         reason = blocked(f"{name} is not homogeneous in each channel")

@@ -122,10 +122,37 @@ def flattens(op, node, module):
     return op == "flatten" and arguments in ((1,), (1, -1))
 
 
-def mean_over(node, flow):
-    """Whether node averages all positions of a flow: of images, or of tokens."""
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+def passes(op, node, module, flow, flows):
+    """The flow that comes out of an operation on one flow that keeps its channels apart; None if it may not."""
+    args, kwargs = node.args, node.kwargs
+    if HOMOGENEOUS.fullmatch(op):
+        return flow
+    if POOLING.fullmatch(op) and flow.dim == 1 and not getattr(module, "return_indices", False):
+        return flow
+    numbers = [x for x in args if isinstance(x, int | float)]
+    if op.strip("i_") == "mul" and len(args) == 2 and len(numbers) == 1:
+        return flow
+    if op.strip("i_") in ("truediv", "div", "mul") and args[0] in flows and args[1:] and args[1] not in flows:
+        return flow  # by a number
+    if op in ("clamp", "clamp_min") and (args[1:], kwargs) in (((0,), {}), ((), {"min": 0})):
+        return flow
+    if flattens(op, node, module) and flow.dim and flow.flat is None:
+        return flow._replace(dim=-1, positions=0, flat=flow.dim == 1)
+    if flow.flat is None and (positions := reduced(op, node, flow)) is not None:
+        return flow._replace(dim=1 if positions else -1, positions=positions)
+    return None
+
+
+def reduced(op, node, flow):
+    """How many positions are left after a reduction over some (images) or all (tokens) of them; None: channels too."""
+    args, kwargs, p = node.args, node.kwargs, flow.positions
+    if op == "flatten" and flow.dim == 1 and p and (*args[1:], *kwargs.values()) in ((2,), (2, -1)):
+        return 1
+    if op not in ("mean", "sum", "amax", "amin", "squeeze") or set(kwargs) - {"dim"}:
+        return None
+    dims = args[1] if len(args) == 2 else kwargs.get("dim") if len(args) == 1 else None
     dims = (dims,) if isinstance(dims, int) else tuple(dims or ())
-    p = flow.positions
-    positions = (tuple(range(2, 2 + p)), tuple(range(-p, 0))) if flow.dim == 1 else ((1,),) if flow.dim == -1 else ()
-    return len(node.args) < 3 and not node.kwargs.get("keepdim") and dims != () and dims in positions
+    if flow.dim == 1 and dims and all(isinstance(d, int) for d in dims):
+        dims = {d if d > 0 else 2 + p + d for d in dims}
+        return p - len(dims) if dims <= set(range(2, 2 + p)) else None
+    return 0 if flow.dim == -1 and dims == (1,) and op != "squeeze" else None

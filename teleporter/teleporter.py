@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport import Teleportation, postactivation_action, preactivation_action
-from teleporter.finder import Finder
+from teleporter.finder import Finder, exact_candidates
 from teleporter.low_rank import LowRankRotation
 from teleporter.passes import gradient, kept_buffers, recorded_inputs, same_randomness, undone_on_error
 from teleporter.state import checked, copies, notes, resolve_unknown, transport
@@ -39,18 +39,20 @@ class Teleporter:
     the model that averages its weights (torch.optim.swa_utils.AveragedModel, an EMA, a dict), or a list of them; it
     moves too. tolerance: the drift
     allowed, relative to 1 + |loss|, and the change of the output, relative to its size. inputs: what `step` takes; with
-    them the symmetries are tried at once, otherwise before the first step: each is moved by a random element, on the
-    model with disturbed weights in float64 (in its own dtype where that fails), which is then put back; one that
-    changes the output is left alone. That costs two forward passes, once. total_bound: the largest factor since the
+    them one run is followed operation by operation (tracing.py), which finds the most, and the symmetries are tried at
+    once, otherwise before the first step: each is moved by a random element, on the model with disturbed weights in
+    float64 (in its own dtype where that fails), which is then put back; one that changes the output is left alone. That
+    costs three forward passes, once. total_bound: the largest factor since the
     start, of all moves together.
 
     Attributes: symmetries, a list of Symmetry (or HiddenAction); left_alone, {writers: why their output stays}.
 
     Raises ValueError if nothing can be moved, for an option or module that does not exist, and for half precision.
-    Shared and frozen parameters are left alone. Parameters may be on several devices. A forward pass that torch.fx
-    cannot trace is searched module by module. Hooks, and branches other than the traced one (training mode, optional
-    arguments all given), are out of the finder's sight: that is what the trial is for, and `step` measures the loss and
-    the outputs, undoes a move that changed them and says so. RuntimeError for a model that changed since.
+    Frozen parameters are left alone, without inputs shared ones too. Parameters may be on several devices. Without
+    inputs, a forward pass that torch.fx cannot trace is searched module by module. Hooks, and branches other than the
+    traced one (training mode, optional arguments all given), are out of the finder's sight: that is what the trial is
+    for, and `step` measures the loss and the outputs, undoes a move that changed them and says so. RuntimeError for a
+    model that changed since.
     """
 
     def __init__(self, model, symmetries="auto", objective="gradient_norm", bound=2.0, *, maximize=True, optimizer=None,
@@ -85,27 +87,27 @@ class Teleporter:
         self.averaged, self.strict, self.on_unknown_state = averaged, strict, on_unknown_state
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.symmetries, self.left_alone = [], {}
-        self._find(items)
+        self._find(items, inputs)
         if not self.symmetries:
-            raise ValueError(f"no symmetry found: {self.left_alone or 'no layers that could be joined'}")
+            more = "" if inputs is not None else "; inputs= would show a real run"
+            raise ValueError(f"no symmetry found: {self.left_alone or 'no layers that could be joined'}{more}")
         self.total_bound, self.moves, self.verified = total_bound, [], self.action is not None
         self.fingerprint = fingerprint(model)
         self._followers()
         if inputs is not None:
             self._verify(inputs)
 
-    def _find(self, items):
+    def _find(self, items, inputs):
         with same_randomness(self.model):
             finder = Finder(self.model)
         kinds = {item for item in items if isinstance(item, str)}
         found = finder.hidden if self.action is not None else []
-        found = found + (finder.spaces if kinds & {"auto", "rescale"} else [])
-        found = found + (finder.heads if kinds & {"auto", "attention"} else [])
+        found = found + exact_candidates(self.model, finder, kinds, inputs)
         by_hand = [finder.pair(item) for item in items if isinstance(item, Pair)]
         by_hand += [h for item in items if isinstance(item, Attention) for h in finder.attention(item)]
         for candidates, wanted in ((found, False), (by_hand, True)):
             for symmetry, modules, reason in candidates:
-                reason = reason or finder.obstacle(symmetry.slots, modules)
+                reason = reason or (finder.obstacle(symmetry.slots, modules) if modules is not None else None)
                 if reason is None:
                     self.symmetries.append(symmetry)
                 elif wanted:

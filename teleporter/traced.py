@@ -13,7 +13,7 @@ from teleporter.verify import called
 
 
 def traced(model, inputs):
-    """Candidates (symmetry, (), reason against it or None) of one forward pass of real inputs.
+    """Candidates (symmetry, None, reason against it or None) of one forward pass of real inputs.
 
     Raises ValueError for half precision, and whatever the model raises.
     """
@@ -52,7 +52,7 @@ def _left_alone(tracer, places, labels):
             reason = tracer.classes.why(int(written[(written != FIXED).to(torch.uint8).argmax()]))
         if _module(name) not in moving:
             reasons.setdefault(_module(name), reason)
-    return [(Symmetry(name, "rescale", (0,), ()), (), reason) for name, reason in reasons.items()]
+    return [(Symmetry(name, "rescale", (0,), ()), None, reason) for name, reason in reasons.items()]
 
 
 def _labels(tracer, name):
@@ -100,17 +100,17 @@ def _candidates(tracer, places, order):
         writers, readers = ([n for n in order if (n, reads) in where] for reads in (False, True))
         named = " -> ".join(", ".join(dict.fromkeys(map(_module, names))) for names in (writers, readers) if names)
         if not writers or not readers:
-            found.append((Symmetry(named, "rescale", (len(roots),), ()), (), "nothing reads it"))
+            found.append((Symmetry(named, "rescale", (len(roots),), ()), None, "nothing reads it"))
             continue
         for kind, groups in _mixing(roots, keys):
             slots = [slot for name, reads in sorted(where) for slot in _rows(name, reads, places[name], groups)]
             if None not in slots:
                 shape = (len(groups), len(groups[0]), len(groups[0]))
-                found.append((Symmetry(named, kind, shape, tuple(slots)), (), None))
+                found.append((Symmetry(named, kind, shape, tuple(slots)), None, None))
                 roots = [root for root in roots if not any(root in group for group in groups)]
         if roots:
             slots = [slot for name, reads in sorted(where) for slot in _entries(name, reads, places[name], roots)]
-            found.append((Symmetry(named, "rescale", (len(roots),), tuple(slots)), (), None))
+            found.append((Symmetry(named, "rescale", (len(roots),), tuple(slots)), None, None))
     return found
 
 

@@ -83,6 +83,11 @@ class Tracer(TorchDispatchMode):
         for name, p in parameters.items():
             self.tags[p] = (name, torch.arange(p.numel(), device=p.device).view(p.shape))
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        """torch asks; a yes would import its compiler, which takes seconds, for nothing."""
+        return False
+
     @contextmanager
     def running(self):
         """The context of the one forward pass: no gradients, no fused attention, every operation in sight."""

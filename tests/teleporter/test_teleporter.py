@@ -479,7 +479,7 @@ def test_how_many_passes_a_teleport_takes():
     loss_fn, passes = cross_entropy(torch.randint(3, (7,))), []
     model.register_forward_hook(lambda *_: passes.append("forward"))
     teleporter = Teleporter(model, inputs=x)
-    assert len(passes) == 2  # the trial, once
+    assert len(passes) == 3  # the run that is followed, and the trial, once
     passes.clear()
     teleporter.step(x, loss_fn)
     assert len(passes) == 2
