@@ -96,13 +96,16 @@ def test_what_real_inputs_refute_is_left_alone_and_the_rest_moves(kind, when):
         teleporter.apply(teleporter.random_tangents(), inputs=x)
     torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-10)
     assert any(s.name == "sound.0 -> sound.2" for s in teleporter.symmetries)
-    assert not any("mixed" in s.name for s in teleporter.symmetries)
+    # a followed run may show that all mixed channels can be scaled by one number
+    assert all(s.shape == (1,) and when == "constructor" for s in teleporter.symmetries if "mixed" in s.name)
 
 
 def test_a_symmetry_that_weights_of_zero_hide_is_refuted_all_the_same():
     model = Mixing("view")
     nn.init.zeros_(model.mixed.weight)
-    teleporter = Teleporter(model, inputs=torch.randn(5, 2, 4, 4))
+    teleporter = Teleporter(model)
+    with pytest.raises(RuntimeError, match="nothing was moved"):
+        teleporter.apply(teleporter.random_tangents(), inputs=torch.randn(5, 2, 4, 4))
     assert [s.name for s in teleporter.symmetries] == ["sound.0 -> sound.2"]
     assert "changed the output" in teleporter.left_alone["conv -> mixed"] and not model.mixed.weight.any()
 
