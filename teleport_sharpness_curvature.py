@@ -1,4 +1,4 @@
-"""Teleporting to sharper, flatter, more and less curved points: Figure 4 of paper A (arXiv 2305.13404, Section 5.2).
+"""Teleporting to sharper, flatter, more and less curved points: Figure 4 of ICLR 2024 (arXiv 2305.13404, Section 4).
 
 SGD trains a 784-16-10-10 network (CIFAR-10: 3072-32-10-10) without teleportation for 20 epochs. Before the first
 mini-batches of the next epoch the weights are teleported, each time on a fresh batch of 2000; then SGD goes on. Two

@@ -1,4 +1,4 @@
-"""Paper C, Figure 11: attacks (FGSM, PGD) on a convnet and on the ensembles along its data-dependent symmetry.
+"""ICLR 2023, Figure 11: attacks (FGSM, PGD) on a convnet and on the ensembles along its data-dependent symmetry.
 
 One network is trained; with elements g = exp(εT) at ε = 10 it becomes the ensembles of symmetry_ensemble.ARMS, whose
 members vote. Who is attacked makes the difference, so the figure has a column for each:

@@ -1,4 +1,4 @@
-"""Paper C, Figure 10: ensembles of one convnet along the data-dependent action, and their controls.
+"""ICLR 2023, Figure 10: ensembles of one convnet along the data-dependent action, and their controls.
 
 One network is trained; π(g, H) = σ(H) σ(gH)^+ turns it into as many others as there are elements g = exp(εT), and they
 vote. The figure shows the accuracy of the vote minus that of the network, over the number of elements and ε, beside

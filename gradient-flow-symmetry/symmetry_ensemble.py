@@ -1,7 +1,7 @@
 """Ensembles along a symmetry: many networks from one trained convnet, by the data-dependent group action.
 
 Source: Zhao, Ganev, Walters, Yu, Dehmamy, *Symmetries, Flat Minima, and the Conserved Quantities of Gradient Flow*
-(paper C, arXiv 2210.17216), the ensembles of Figures 10 and 11.
+(ICLR 2023, arXiv 2210.17216), the ensembles of Figures 10 and 11.
 
 The network is conv 3×3 (c → 32), leaky ReLU, 2×2 max pooling, linear V to h = 16 units, σ, linear U to 10 logits. Let H
 (h, n) be the input of σ, columns are samples. A group element g acts by H → gH, U → Uπ(g, H), π(g, H) = σ(H) σ(gH)^+.

@@ -1,6 +1,6 @@
 """Learning to teleport: recurrent networks that choose where to teleport, how far to step, and which way.
 
-Paper A (arXiv 2305.13404), Algorithm 1. The optimizee is an MLP W_L σ(W_{L-1} … σ(W_1 X)) fitted to Y by half the
+ICLR 2024 (arXiv 2305.13404), Algorithm 1. The optimizee is an MLP W_L σ(W_{L-1} … σ(W_1 X)) fitted to Y by half the
 squared error; every width and the number of samples are the same d, which makes the post-activation action exact.
 After each local update a meta-optimizer reads the gradients of two adjacent layers and writes the element T of the
 hidden layer between them. It is trained by back-propagation through the optimizee, truncated every `unroll` steps.
@@ -95,7 +95,7 @@ def gradient_descent(weights, X, Y, rates):
 
 
 def act(W, X, X_inverse, T, first_order):
-    """g_m = I + T_m acts after σ on every hidden layer (paper A, Eq. 47). Returns the new W (E, S, L, d, d).
+    """g_m = I + T_m acts after σ on every hidden layer (NeurIPS 2022, Eq. 8). Returns the new W (E, S, L, d, d).
 
     What teleport.apply_to_layers does with teleport.postactivation_action, for square layers only, in half the time (X
     is inverted beforehand, and every later hidden layer is known to become g_m h_m), and without its checks: a member

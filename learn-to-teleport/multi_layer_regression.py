@@ -1,4 +1,4 @@
-"""Paper A (arXiv 2305.13404), Figure 6: learning to teleport, on the regression of a two-layer 20-20-20 network.
+"""ICLR 2024 (arXiv 2305.13404), Figure 6: learning to teleport, on the regression of a two-layer 20-20-20 network.
 
 Meta-optimizers (meta_optimizer.py, Algorithm 1) learn where to teleport, together with the learning rate (lr) or with
 the local update. Held-out problems: five published ones, and beyond the paper as many as --seeds, of which the five

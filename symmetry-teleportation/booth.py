@@ -1,4 +1,4 @@
-"""Paper B, the Booth function: L = (x + 2y − 7)² + (2x + y − 5)², one teleport in ten steps of gradient descent.
+"""NeurIPS 2022, the Booth function: L = (x + 2y − 7)² + (2x + y − 5)², one teleport in ten steps of gradient descent.
 
 u = x + 2y − 7 and v = 2x + y − 5 are linear, so L is a quadratic form, an orbit of SO(2) an ellipse, and the maximum of
 ‖∂L/∂w‖² on it the eigenvector of the largest curvature: from there the negative gradient points at the minimum, as

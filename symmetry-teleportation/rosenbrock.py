@@ -1,4 +1,4 @@
-"""Paper B, the Rosenbrock function: L = 100 (x² − y)² + (x − 1)², a teleport every hundred steps of gradient descent.
+"""NeurIPS 2022, the Rosenbrock function: L = 100 (x² − y)² + (x − 1)², a teleport every hundred steps of descent.
 
 u = 10 (x² − y), v = x − 1. The published ascent on the angle (lr_θ = 0.1) overshoots while the loss is large: in the
 first teleports the angle jumps by many turns and a change of 1e-15 in w ends elsewhere on the orbit, so there it is

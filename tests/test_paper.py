@@ -46,7 +46,7 @@ def test_every_row_of_paper_md_names_a_function_and_a_test():
         ("Eq. 4", "teleport.py:sharpness"),
         ("Eq. 5", "teleport.py:curvature"),
         ("Eq. 8", "teleport.py:postactivation_action"),
-        ("Theorem 3.1", "symmetry-teleportation/so2.py:orbit_maximum"),
+        ("Theorem 3.1", "teleport.py:squared_gradient_norm"),
         ("Figure 4", "teleport_sharpness_curvature.py:Settings"),
     ],
 )
