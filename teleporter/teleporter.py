@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport import Teleportation, postactivation_action, preactivation_action
+from teleporter import listing
 from teleporter.finder import Finder, exact_candidates
 from teleporter.low_rank import LowRankRotation
 from teleporter.passes import gradient, kept_buffers, recorded_inputs, same_randomness, undone_on_error
@@ -118,10 +119,13 @@ class Teleporter:
     def __repr__(self):
         if self.low_rank is not None:
             return repr(self.low_rank).replace("LowRankRotation", "Teleporter")
-        lines = [(s.kind, f"{s.name} {'×'.join(map(str, s.shape))}") for s in self.symmetries]
-        lines += [("left alone", f"output of {name}: {reason}") for name, reason in self.left_alone.items()]
-        lines += [("not exact", note) for note in self._notes()]
-        return "Teleporter(\n" + "".join(f"  {kind:<11} {what}\n" for kind, what in lines) + ")"
+        found = listing.lines(self.table()) + [("not exact", note) for note in self._notes()]
+        return "Teleporter(\n" + "".join(f"  {kind:<11} {what}\n" for kind, what in found) + ")"
+
+    def table(self) -> list[dict]:
+        """What `print` shows, in full: {"kind", "name", "shape", "dimension", "reason"} of each symmetry (reason None)
+        and of each output that is left alone (kind "left alone", dimension 0)."""
+        return listing.rows(self.symmetries, self.left_alone)
 
     def _moving(self):
         return {slot.name: self.parameters[slot.name] for s in self.symmetries for slot in s.slots}
