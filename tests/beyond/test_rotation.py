@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "beyond-the-papers"
 
 import adaptation  # noqa: E402
 import factors  # noqa: E402
+import rotation  # noqa: E402
+import spelling  # noqa: E402
+
+from common.run import Outcome  # noqa: E402
 
 DIMS, RANK, STEPS = (9, 8, 7, 5), 3, 200
 SEEDS = [1, 2]
@@ -286,3 +291,100 @@ def test_soap_is_adam_in_the_eigenbasis_of_its_preconditioners(both_sides):
         if t % 2 == 0:
             QL, QR = (torch.linalg.qr(state[x] @ Q)[0] for x, Q in zip("LR", (QL, QR)))
         assert torch.allclose(run.pairs()[0][0][0], W, rtol=1e-9)
+
+
+def test_search_finds_an_interior_best_wherever_it_lies_and_says_where_there_is_none():
+    def bowl(points):
+        return [(i - 14) ** 2 + (j + 9) ** 2 + 0.5 * (i - 14) * (j + 9) for i, j in points]
+
+    best, scores = adaptation.search(bowl, (6, 3), ((2, 4), (1, 2), (1, 1)))
+    assert best == (14, -9) and all(scores[(14 + di, -9 + dj)] > scores[best] for di, dj in ((1, 0), (0, 1), (-1, 0)))
+    assert adaptation.search(lambda points: [-i for i, _ in points], (6, 0), ((1, 0),))[0] is None
+    assert adaptation.search(lambda points: [float("inf")] * len(points), (6, 0), ((1, 1),))[0] is None
+    assert adaptation.point((6, 4)) == (0.01, 16.0) and adaptation.point((-1, -1)) == pytest.approx((7e-4, 0.5))
+
+
+def effect(value, word):
+    return {"effect": value, "low": value - 0.01, "high": value + 0.01, "word": word}
+
+
+@pytest.mark.parametrize(
+    "changed, expected",
+    [
+        ({}, "holds"),
+        ({("rank_2", "train_loss", "every_2"): effect(0.0, "undecided")}, "holds in part: not in rank_2"),
+        ({("rotated", "held_out", "every_2"): effect(0.0, "equivalent")}, "holds in part: not in held-out loss"),
+        ({("rotated", "held_out", "random_2"): effect(-0.1, "better")}, "holds in part: random rotations help too"),
+        ({("rotated", "train_loss", "random_2"): effect(-0.1, "better")}, "does not hold: random rotations help too"),
+        ({("rotated", "train_loss", "every_2"): effect(0.1, "worse")}, "does not hold"),
+        ({("rotated", "train_loss", "every_2"): effect(0.0, "undecided")}, "undecided"),
+    ],
+)
+def test_the_verdict_follows_the_rule(changed, expected):
+    arms = {"every_2": effect(-0.1, "better"), "random_2": effect(0.0, "equivalent")}
+    found = {n: {m: dict(arms) for m in rotation.MEASURES} for n in ("rotated", "rank_2")}
+    for (setting, measure, arm), e in changed.items():
+        found[setting][measure][arm] = e
+    metrics = {
+        "effects": {n: {"tuned": f} for n, f in found.items()},
+        "peers": {n: {m: {"soap": effect(0.01, "undecided")} for m in rotation.MEASURES} for n in found},
+    }
+    verdict = rotation.judge(Outcome(metrics, {}))
+    assert str(verdict).startswith(expected)
+    (row,) = [r for r in verdict.published if r.what.startswith("rotated, every_2") and r.what.endswith("train loss")]
+    assert row.agrees == (found["rotated"]["train_loss"]["every_2"]["effect"] == -0.1)
+
+
+def test_an_arm_without_a_best_rate_is_undecided():
+    curves = np.random.default_rng(0).uniform(1, 1.01, (12, 5))
+    arrays = {"a.x/tuned_train_loss": 0.8 * curves, "a.none/tuned_train_loss": curves}
+    for interior, word in ((True, "better"), (False, "undecided")):
+        arrays |= {"a.x/tuned_interior": np.array(interior), "a.none/tuned_interior": np.array(True)}
+        found = rotation.compared(arrays, [("a.x", "a.none")], "tuned", "train_loss")
+        assert found["x"]["word"] == word and abs(found["x"]["effect"] - np.log(0.8)) < 1e-12
+
+
+def test_memory_is_counted():
+    problem, runs = task(), {}
+    for kind, options in ((factors.Adam, {}), (factors.Adam, {"tracks": 0.9}), (factors.RITE, {}), (factors.SOAP, {})):
+        run = runs[kind.__name__, bool(options)] = optimizer(start(), kind, **options)
+        train(run, problem, 3)
+    size = sum(RANK * (i + o) for i, o in zip(DIMS, DIMS[1:]))
+    memory = {key: run.memory() * size for key, run in runs.items()}
+    assert memory["Adam", False] == pytest.approx(2 * size)
+    assert memory["Adam", True] == pytest.approx(2 * size + 3 * RANK**2)
+    assert memory["SOAP", False] == pytest.approx(2 * size + 3 * 4 * RANK**2)  # L and its basis, of either factor
+    assert memory["RITE", False] > 3 * size
+
+
+def test_numbers_in_words_and_what_is_held_out():
+    for n, english, german in (
+        (0, "zero", "null"),
+        (7, "seven", "sieben"),
+        (12, "twelve", "zwölf"),
+        (30, "thirty", "dreißig"),
+        (61, "sixty-one", "einundsechzig"),
+        (101, "one hundred and one", "einhunderteins"),
+        (816, "eight hundred and sixteen", "achthundertsechzehn"),
+        (999, "nine hundred and ninety-nine", "neunhundertneunundneunzig"),
+    ):
+        assert (spelling.words(n, "English"), spelling.words(n, "German")) == (english, german)
+    spelled = {}
+    for held_out in (False, True):
+        letters = bytes(spelling.ALPHABET[i] for i in spelling.text("German", held_out).tolist()).decode()
+        spelled[held_out] = set(letters.split(" "))
+    assert not spelled[False] & spelled[True] and "siebenundzwanzig" not in spelled[False]
+
+
+def test_a_teleport_keeps_what_the_transformer_says_and_members_do_not_mix():
+    problem = spelling.Spelling(width=8, heads=2, depth=1)
+    problem.weights, problem.outer = ([W.double() for W in group] for group in (problem.weights, problem.outer))
+    pairs = adaptation.initial_pairs(problem.shapes, RANK, "gaussian", SEEDS, 2)
+    run = optimizer([tuple(factor.double() for factor in pair) for pair in pairs])
+    batch = next(problem.batches(SEEDS, 4, 1))
+    before, gradients = problem.gradients(run.pairs(), batch)
+    alone = problem.gradients([(A[2:], Bt[2:]) for A, Bt in run.pairs()], [z[1:] for z in batch])
+    assert torch.allclose(before[2:], alone[0], rtol=1e-12)
+    assert all(torch.allclose(mine[2:], theirs, rtol=1e-9, atol=1e-14) for mine, theirs in zip(gradients, alone[1]))
+    run.rotate(factors.random_rotations(run, torch.Generator().manual_seed(0)))
+    assert torch.allclose(problem.gradients(run.pairs(), batch)[0], before, rtol=1e-12)
