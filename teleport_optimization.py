@@ -20,14 +20,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from common import cli, plots, published
+from common import cli, plots, published, statistics
 from common.arms import Arm, Stack, draw_batches
 from common.claims import Claim, Verdict, grade, interval, listed, mean, table
 from common.data import published_split
 from common.losses import batch_loss
 from common.mlp import initial_weights, published_seeds
 from common.run import Outcome
-from common.statistics import difference, mean_std, verdict
+from common.statistics import difference, mean_std, percent, verdict
 from teleport import leaky_relu, preactivation_action, rescaling_action, squared_gradient_norm, teleport
 
 CLAIM = Claim(
@@ -176,7 +176,34 @@ def judge(outcome):
     )
     details = [*(against_baseline(o, m[o], early, last) for o in m), *grown(outcome.arrays, m), largest_drift(m)]
     limits = f"{listed(both)} only" if both else "none of them"
-    return Verdict(grade(len(both) == len(claimed), both), limits, sentence, details)
+    word = grade(len(both) == len(claimed), both)
+    return Verdict(word, limits, sentence, details, answers={"cost": cost(outcome), "gain": gain(outcome)})
+
+
+def cost(outcome):
+    """What a teleport takes, against an epoch of the same run."""
+    s, share = outcome.settings, []
+    for timings in outcome.timings.values():
+        epoch = timings["baseline"][-1] / s.epochs
+        share.append((timings["preactivation"][-1] - timings["baseline"][-1]) / s.teleports / epoch)
+    return (
+        f"{s.ascent_steps} derivatives of ‖∂L/∂W‖² on {s.teleport_batch} samples, which took "
+        f"{min(share):.0%} to {max(share):.0%} of the time of an epoch, both as shares of a stack."
+    )
+
+
+def gain(outcome):
+    """Optimizers but AdaGrad, their state kept: the mean log training loss at the published rate."""
+    logs = {o: np.log(outcome.arrays[f"{o}/train_loss"][:, 0]).mean(-1) for o in outcome.metrics}  # (A, S)
+    names = [o for o in logs if o not in ("SGD", "AdaGrad")]
+    one, other = ARMS.index("preactivation"), ARMS.index("baseline")
+    found = statistics.family([statistics.compare(logs[o][one], logs[o][other], relative=False) for o in names])
+    said = (
+        f"{o} {percent(c.effect):+.1f} [{percent(c.low):+.1f}, {percent(c.high):+.1f}] % ({c.word}"
+        + (f", {percent(c.detectable):.0f} % would have shown)" if c.word == "undecided" else ")")
+        for o, c in zip(names, found)
+    )
+    return f"Mean log training loss, {len(outcome.seeds)} runs, published rate: {', '.join(said)}."
 
 
 def helped(m, epoch, rate):

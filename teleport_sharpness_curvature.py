@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import UserError, cli, plots, published
+from common import UserError, cli, plots, published, statistics
 from common.claims import Claim, Verdict, grade, interval, listed, table
 from common.data import published_split
 from common.mlp import StackedMLP, cross_entropy, initial_weights, published_seeds
@@ -464,7 +464,20 @@ def judge(*outcomes):
         "; ".join(limits),
         f"Final test loss after teleporting to larger curvature minus that without: {text(up)}.",
         details,
+        answers={"direction": direction(outcomes)},
     )
+
+
+def direction(outcomes):
+    """Test loss, mean of the last quarter of the epochs, after teleports to larger and to smaller ψ, against none."""
+    said = []
+    for outcome in outcomes:
+        losses = outcome.arrays["test_loss"][..., -(outcome.arrays["test_loss"].shape[-1] // 4) :].mean(-1)  # (M, S)
+        for way in ("up", "down"):
+            c = statistics.compare(losses[[m and m.key for m in MEMBERS].index(f"curvature_{way}_teleport")], losses[0])
+            effect, low, high = (f"{statistics.percent(x):+.2f}" for x in (c.effect, c.low, c.high))
+            said.append(f"{outcome.label}, ψ {way} {effect} [{low}, {high}] % ({c.word})")
+    return f"Test loss of {len(outcomes[0].seeds)} runs against no teleport, margin 1 %: {'; '.join(said)}."
 
 
 def arm_name(key):
