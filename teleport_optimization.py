@@ -177,7 +177,8 @@ def judge(outcome):
     details = [*(against_baseline(o, m[o], early, last) for o in m), *grown(outcome.arrays, m), largest_drift(m)]
     limits = f"{listed(both)} only" if both else "none of them"
     word = grade(len(both) == len(claimed), both)
-    return Verdict(word, limits, sentence, details, answers={"cost": cost(outcome), "gain": gain(outcome)})
+    number = f"{len(both)} of {len(claimed)} gain, best rates too"
+    return Verdict(word, limits, sentence, details, number, answers={"cost": cost(outcome), "gain": gain(outcome)})
 
 
 def cost(outcome):

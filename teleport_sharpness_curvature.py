@@ -464,6 +464,7 @@ def judge(*outcomes):
         "; ".join(limits),
         f"Final test loss after teleporting to larger curvature minus that without: {text(up)}.",
         details,
+        f"final test loss {interval(arms(up)[0][1]['minus_no_teleport'])} on {arms(up)[0][0]}",
         answers={"direction": direction(outcomes)},
     )
 

@@ -234,6 +234,7 @@ def judge(outcome):
         limits,
         sentence,
         details,
+        f"{percent('FGSM', 'either', 'group')} against {percent('FGSM', 'either', 'original')} % under either FGSM",
     )
 
 

@@ -301,7 +301,8 @@ def judge(outcome):
             f"is shown."
         )
     limits = "no better than without the teleport" if all(beat) else "no better than gradient descent"
-    return Verdict(grade(all(beat) and all(add), all(beat)), limits, sentence, details)
+    number = f"loss with / without teleport {factor(m['LSTM(update, teleport)']['ratio_to_no_element'])}"
+    return Verdict(grade(all(beat) and all(add), all(beat)), limits, sentence, details, number)
 
 
 def plot(outcome, settings, save):
