@@ -53,6 +53,7 @@ class Stack:
         self.net = StackedMLP(weights, optimizer, rates.expand(every).flatten().to(first.device), **options)
         self.loss, self.objective = (torch.zeros(*every, moves, 2, dtype=torch.float64) for _ in range(2))
         self.seconds = torch.zeros(len(self.arms), dtype=torch.float64)
+        self._aside = 0.0  # seconds of evaluations, which are nobody's training
 
     def members(self, a: int) -> slice:
         """Where arm number a lies in the stack."""
@@ -76,6 +77,13 @@ class Stack:
                 self.net.reset(mine)
             self.seconds[a] += clock(self.net.lr.device) - start
 
+    def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss and accuracy of every member on x (n, d_0), y (n,): two tensors (A, [F,] S)."""
+        start = clock(self.net.lr.device)
+        results = tuple(self.by_arm(values) for values in self.net.evaluate(x, y))
+        self._aside += clock(self.net.lr.device) - start
+        return results
+
     def train(
         self, run: Run, data: Any, epochs: int, batch: int, at: Mapping[int, Callable], desc: str = "SGD"
     ) -> dict:
@@ -88,14 +96,13 @@ class Stack:
         curves = {key: [] for key in ("train_loss", "test_loss", "test_accuracy", "seconds")}
         training, device, own = 0.0, self.net.lr.device, self.net.members // len(self.arms)
         for epoch in run.progress(range(epochs), desc=desc, unit="epoch"):
-            start, moving = clock(device), self.seconds.sum().item()
-            curves["train_loss"].append(self.net.train_epoch(data.x, data.y, batch, at.get(epoch)))
-            training += clock(device) - start - (self.seconds.sum().item() - moving)
-            for key, values in zip(("test_loss", "test_accuracy"), self.net.evaluate(data.x_test, data.y_test)):
+            start, aside = clock(device), self.seconds.sum().item() + self._aside
+            curves["train_loss"].append(self.by_arm(self.net.train_epoch(data.x, data.y, batch, at.get(epoch))))
+            training += clock(device) - start - (self.seconds.sum().item() + self._aside - aside)
+            for key, values in zip(("test_loss", "test_accuracy"), self.evaluate(data.x_test, data.y_test)):
                 curves[key].append(values)
             curves["seconds"].append(training / self.net.members + self.seconds / own)
-        seconds = torch.stack(curves.pop("seconds"), -1)
-        return {**{key: self.by_arm(torch.stack(values, -1)) for key, values in curves.items()}, "seconds": seconds}
+        return {key: torch.stack(values, -1) for key, values in curves.items()}
 
 
 def draw_batches(x: Tensor, y: Tensor, size: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:

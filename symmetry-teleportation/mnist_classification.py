@@ -1,13 +1,14 @@
-"""Paper B (arXiv 2205.10637), Section 6.3: teleportation in MNIST classification, SGD and AdaGrad.
+"""Teleportation in MNIST classification, SGD and AdaGrad: NeurIPS 2022 (arXiv 2205.10637).
 
 A 784-16-10-10 and a wide 784-128-128-10 network; before the first mini-batch of each of the first epochs the weights
 are teleported on a fresh random batch. The code of this experiment was not published: data, initialization, learning
-rates and mini-batches of 20 are paper A's, the published teleport is the one of paper B's regression. The arms:
+rates and mini-batches of 20 are those of ICLR 2024, the published teleport is the one of this paper's regression. The
+arms:
 
-  plain       the optimizer alone; "lr x3": three times its learning rate
-  published   post-activation action with I − T for the inverse and stale hidden layers, on 200 (wide: 100) samples
-  exact       the exact post-activation action, on as many samples as it is exact for: 16 (wide: 100)
-  rescaling   positive rescaling, exact on every input, on the published arm's samples
+  baseline        the optimizer alone; "lr x3": three times its learning rate
+  published       post-activation action with I − T for the inverse and stale hidden layers, on 200 (wide: 100) samples
+  postactivation  the true post-activation action (Eq. 8), on as many samples as it is exact for: 16 (wide: 100)
+  rescaling       positive rescaling, exact on every input, on the published arm's samples
 
 Ascent is unstable at fixed rates (‖∂L/∂W‖² has no maximum on these orbits), so every teleport climbs in small adaptive
 steps until the batch's ‖∂L/∂W‖² is up fourfold. An exact action keeps the loss of its batch; what it does to the whole
@@ -16,8 +17,8 @@ see the same mini-batches. Seconds are per run: the member's share of the stack'
 """
 
 import sys
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, plots
+from common.arms import Arm, Stack, draw_batches
 from common.claims import Claim, Verdict, grade, interval, listed, table
 from common.data import published_split
 from common.losses import batch_loss
-from common.mlp import StackedMLP, initial_weights, published_seeds
+from common.mlp import initial_weights, published_seeds
 from common.published import teleport_postactivation
 from common.run import Outcome
 from common.statistics import difference, mean_std, verdict
@@ -54,19 +56,19 @@ CLAIM = Claim(
     dated="2026-11-22",
 )
 
-ARMS = ("plain", "lr x3", "published", "exact", "rescaling")
-TELEPORTING = ("published", "exact", "rescaling")
-NETWORKS = {"narrow": (16, 10), "wide": (128, 128)}
-SAMPLES = {"narrow": 200, "wide": 100}  # in a teleport's batch; exact: no more than the hidden layers before the last
-OPTIMIZERS = {"SGD": 1e-2, "AdaGrad": 1e-2}
+ARMS = ("baseline", "lr x3", "published", "postactivation", "rescaling")
+TELEPORTING = ("published", "postactivation", "rescaling")
+NETWORKS = {"narrow": (16, 10), "wide": (128, 128)}  # ours: the first is that of ICLR 2024
+SAMPLES = {"narrow": 200, "wide": 100}  # in a teleport's batch
+OPTIMIZERS = {"SGD": 1e-2, "AdaGrad": 1e-2}  # learning rates of ICLR 2024
 ACTIVATION = leaky_relu(0.1)
 
 
 @dataclass(frozen=True)
 class Settings:
-    dataset: str = "mnist-mini"
-    seeds: int = 3
-    epochs: int = 6
+    dataset: str = "MNIST"
+    seeds: int = 5
+    epochs: int = 10
     networks: tuple = tuple(NETWORKS)
     teleport_epochs: tuple = (0, 1, 2)
     growth: float = 4.0  # of ‖∂L/∂W‖² in a teleport
@@ -75,15 +77,15 @@ class Settings:
     samples: int | None = None  # train on the first samples only
 
 
-PRESETS = {
-    "tiny": Settings(seeds=2, epochs=2, networks=("narrow",), teleport_epochs=(0, 1), ascent_steps=15, samples=400),
-    "quick": Settings(),
-    "paper": Settings(dataset="MNIST", seeds=5, epochs=10),
-}
+PAPER = Settings()
+QUICK = replace(PAPER, dataset="mnist-mini", seeds=3, epochs=6)
+SMALL = dict(seeds=2, epochs=2, networks=("narrow",), teleport_epochs=(0, 1), ascent_steps=15, samples=400)
+PRESETS = {"tiny": replace(QUICK, **SMALL), "quick": QUICK, "paper": PAPER}
 
 
 def experiment(run):
     s, data = run.settings, published_split(run.data())
+    data = data._replace(x=data.x[: s.samples], y=data.y[: s.samples])
     seeds = published_seeds(s.seeds)
     keys = [f"{network}_{optimizer}" for network in s.networks for optimizer in OPTIMIZERS]
     parts, _ = run.parts(lambda key: train(run, *key.split("_"), seeds, data), {key: key for key in keys})
@@ -92,49 +94,40 @@ def experiment(run):
     return Outcome({key: compare(s, part) for key, part in parts.items()}, arrays, seeds, timings)
 
 
+def arms(s, widths):
+    """Who is moved, and how. Up to the width of its input, the post-activation action is exact."""
+    return (
+        Arm("baseline"),
+        Arm("lr x3", rate=3.0),
+        Arm("published", partial(climb, s, "published")),
+        Arm("postactivation", lambda W, X, y: climb(s, "postactivation", W, *first(X, y, min(widths[:-1])))),
+        Arm("rescaling", partial(climb, s, "rescaling")),
+    )
+
+
+def first(X, labels, samples):
+    return X[..., :samples], labels[..., :samples]
+
+
 def train(run, network, optimizer, seeds, data):
     """All arms (A) and seeds (S) of one network and optimizer. Curves are (A, S, epochs), seconds (A, epochs)."""
-    s, A, S = run.settings, len(ARMS), len(seeds)
-    x, y = data.x[: s.samples], data.y[: s.samples]
-    W = initial_weights((x.shape[1], *NETWORKS[network], 10), seeds, run.device)
-    rates = OPTIMIZERS[optimizer] * torch.tensor([3.0 if arm == "lr x3" else 1.0 for arm in ARMS])
-    net = StackedMLP(tuple(V.repeat(A, 1, 1) for V in W), optimizer, rates.repeat_interleave(S).to(run.device))
+    s, widths = run.settings, NETWORKS[network]
+    W, moves = initial_weights((data.features, *widths, 10), seeds, run.device), len(s.teleport_epochs)
+    stack = Stack(arms(s, widths), W, optimizer, OPTIMIZERS[optimizer], moves)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # each run draws its own teleport batches
-    n = SAMPLES[network]
-    # Of each teleport, before and after: loss and ‖∂L/∂W‖² on its batch, loss on the whole training set.
-    teleports = torch.zeros(A, S, len(s.teleport_epochs), 3, 2, dtype=torch.float64)
-    seconds, training = torch.zeros(A, dtype=torch.float64), 0.0
+    whole = torch.zeros(*stack.loss.shape, dtype=torch.float64)  # loss on the whole training set
 
-    def teleport_arms(count):
-        rows = torch.stack([torch.randperm(len(x), generator=g)[:n] for g in generators]).to(run.device)
-        teleports[:, :, count, 2, 0] = net.evaluate(x, y)[0].unflatten(0, (A, S))
-        for a, arm in enumerate(ARMS):
-            if arm not in TELEPORTING:
-                continue
-            start, members = time.perf_counter(), slice(a * S, (a + 1) * S)
-            # The post-activation action is exact up to the width of each hidden layer that is an input of another.
-            mine = rows[:, : min(n, *NETWORKS[network][:-1])] if arm == "exact" else rows
-            weights = tuple(V[members].double() for V in net.weights)
-            moved = climb(s, arm, weights, x[mine].mT.double(), y[mine])
-            net.set(members, tuple(V.float() for V in moved.weights))
-            seconds[a] += time.perf_counter() - start
-            teleports[a, :, count, 0] = torch.stack([moved.loss_before, moved.loss_after], -1)
-            teleports[a, :, count, 1] = torch.stack([moved.objective_before, moved.objective_after], -1)
-        teleports[:, :, count, 2, 1] = net.evaluate(x, y)[0].unflatten(0, (A, S))
+    def before(k, i):
+        """Before mini-batch i of the k-th epoch with a teleport."""
+        if i == 0:
+            X, labels = draw_batches(data.x, data.y, SAMPLES[network], generators)
+            whole[..., k, 0] = stack.evaluate(data.x, data.y)[0]
+            stack.move(k, X.double(), labels, dtype=torch.float64)
+            whole[..., k, 1] = stack.evaluate(data.x, data.y)[0]
 
-    curves = {key: [] for key in ("train_loss", "test_loss", "test_accuracy", "seconds")}
-    for epoch in run.progress(range(s.epochs), desc=f"{network} {optimizer}", unit="epoch"):
-        if epoch in s.teleport_epochs:
-            teleport_arms(s.teleport_epochs.index(epoch))
-        start = time.perf_counter()
-        curves["train_loss"].append(net.train_epoch(x, y, s.batch))
-        training += (time.perf_counter() - start) / net.members
-        for key, value in zip(("test_loss", "test_accuracy"), net.evaluate(data.x_test, data.y_test)):
-            curves[key].append(value)
-        curves["seconds"].append(training + seconds / S)
-    elapsed = torch.stack(curves.pop("seconds"), -1)
-    curves = {key: torch.stack(value, -1).unflatten(0, (A, S)) for key, value in curves.items()}
-    return {**curves, "teleports": teleports, "seconds": elapsed}
+    at = {epoch: partial(before, k) for k, epoch in enumerate(s.teleport_epochs)}
+    curves = stack.train(run, data, s.epochs, s.batch, at, desc=f"{network} {optimizer}")
+    return {**curves, "teleports": torch.stack([stack.loss, stack.objective, whole], -2)}
 
 
 def climb(s, arm, weights, X, labels):
@@ -149,7 +142,7 @@ def climb(s, arm, weights, X, labels):
         if arm == "published":
             options = dict(activation=ACTIVATION, lr=lr[:, None, None], steps=1, x_inverse=X_inverse)
             return teleport_postactivation(weights, X, loss_fn, **options)
-        action = {"exact": postactivation_action, "rescaling": rescaling_action}[arm]
+        action = {"postactivation": postactivation_action, "rescaling": rescaling_action}[arm]
         options = dict(objective=squared_gradient_norm, action=action, activation=ACTIVATION)
         return teleport(weights, X, loss_fn, lr=lr, steps=1, **options)
 
@@ -183,8 +176,8 @@ def compare(s, part):
             "final_train_loss": part["train_loss"][a, :, -1],
             "final_test_loss": part["test_loss"][a, :, -1],
             "final_test_accuracy": part["test_accuracy"][a, :, -1],
-            "train_loss_minus_plain": difference(part["train_loss"][a, :, -1], part["train_loss"][0, :, -1]),
-            "train_loss_minus_plain_after_teleports": difference(
+            "train_loss_minus_baseline": difference(part["train_loss"][a, :, -1], part["train_loss"][0, :, -1]),
+            "train_loss_minus_baseline_after_teleports": difference(
                 *(part["train_loss"][i, :, max(s.teleport_epochs)] for i in (a, 0))
             ),
         }
@@ -198,47 +191,59 @@ def compare(s, part):
 
 
 def judge(*outcomes):
-    details, better, beyond, exact = [], [], [], []
-    for r in outcomes:
-        for network, m in r.metrics.items():
-            change = {arm: m[arm]["train_loss_minus_plain"] for arm in m if arm != "plain"}
-            name = network.replace("_", " ")
-            faster = difference(m["exact"]["final_train_loss"], m["lr x3"]["final_train_loss"])
-            better += [name] if verdict(change["exact"]) == "better" else []
-            beyond += [name] if verdict(faster) == "better" else []
-            exact.append(f"{name} {change['exact'][0]:+.3f} (learning rate ×3: {change['lr x3'][0]:+.3f})")
-            cells = ", ".join(f"{arm} {interval(v)} ({verdict(v)})" for arm, v in change.items())
-            drift = ", ".join(
-                f"{a} {m[a]['largest_relative_drift']:.0e} ({np.abs(m[a]['whole_loss_drift']).max():.0e})"
-                for a in ("published", "exact", "rescaling")
-            )
-            details.append(
-                f"{r.label}, {name}, final training loss minus plain: {cells}. Drift on the teleport's batch (the "
-                f"whole training set): {drift}."
-            )
+    runs = [(r.label, key.replace("_", " "), m) for r in outcomes for key, m in r.metrics.items()]
+    better = [name for _, name, m in runs if verdict(m["postactivation"]["train_loss_minus_baseline"]) == "better"]
+    beyond = [name for _, name, m in runs if verdict(minus_threefold(m)) == "better"]
+    changes = ", ".join(
+        f"{name} {m['postactivation']['train_loss_minus_baseline'][0]:+.3f} (learning rate ×3: "
+        f"{m['lr x3']['train_loss_minus_baseline'][0]:+.3f})"
+        for _, name, m in runs
+    )
     return Verdict(
-        grade(len(better) == len(beyond) == len(exact), better),
+        grade(len(better) == len(beyond) == len(runs), better),
         f"{listed(better)} only, and less than a threefold learning rate does" if better else "nowhere",
-        f"Final training loss with exact teleports minus without: {', '.join(exact)}.",
-        details,
+        f"Final training loss with exact teleports minus without: {changes}.",
+        [detail(*each) for each in runs],
+    )
+
+
+def minus_threefold(m):
+    return difference(m["postactivation"]["final_train_loss"], m["lr x3"]["final_train_loss"])
+
+
+def detail(label, name, m):
+    change = {arm: m[arm]["train_loss_minus_baseline"] for arm in m if arm != "baseline"}
+    drift = ", ".join(
+        f"{a} {m[a]['largest_relative_drift']:.0e} ({np.abs(m[a]['whole_loss_drift']).max():.0e})" for a in TELEPORTING
+    )
+    cells = ", ".join(f"{arm} {interval(v)} ({verdict(v)})" for arm, v in change.items())
+    return (
+        f"{label}, {name}, final training loss minus the baseline's: {cells}. Drift on the teleport's batch (the whole "
+        f"training set): {drift}."
     )
 
 
 def plot(outcome, s, save):
-    for x_axis in ("epoch", "seconds"):
-        figure, axes = plots.panels(1, len(outcome.metrics), width=3.5, height=3.3)
-        for ax, key in zip(axes[0], outcome.metrics):
-            for a, arm in enumerate(ARMS):
-                curve = outcome.arrays[f"{key}/train_loss"][a]
-                x = range(1, s.epochs + 1) if x_axis == "epoch" else outcome.timings[key][arm]
-                look = dict(plots.style(a, marker=True), markevery=(a * s.epochs // 25, max(1, s.epochs // 5)))
-                plots.band(ax, x, curve, arm, **dict(look, linewidth=1.2))
-            ax.set(title=key.replace("_", ", "), xlabel="epoch" if x_axis == "epoch" else "seconds a run")
-            plots.log_loss(ax)
-        axes[0, 0].set_ylabel(f"training loss, {outcome.label}")
-        axes[0, -1].legend(fontsize=8)
-        save(figure, "" if x_axis == "epoch" else "seconds")
+    for x_axis, name in (("epoch", ""), ("seconds", "seconds")):
+        save(plot_curves(outcome, s, x_axis, ("baseline", "published")), name)
+    save(plot_curves(outcome, s, "epoch", ARMS), "controls")
     save(plot_drift(outcome), "drift")
+
+
+def plot_curves(outcome, s, x_axis, shown):
+    """Training loss against epoch or seconds: the paper's two arms, or all."""
+    figure, axes = plots.panels(1, len(outcome.metrics), width=3.5, height=3.3)
+    for ax, key in zip(axes[0], outcome.metrics):
+        for arm in shown:
+            a = ARMS.index(arm)
+            x = range(1, s.epochs + 1) if x_axis == "epoch" else outcome.timings[key][arm]
+            look = dict(plots.style(a, marker=True), markevery=(a * s.epochs // 25, max(1, s.epochs // 5)))
+            plots.band(ax, x, outcome.arrays[f"{key}/train_loss"][a], arm, **dict(look, linewidth=1.2))
+        ax.set(title=key.replace("_", ", "), xlabel="epoch" if x_axis == "epoch" else "seconds a run")
+        plots.log_loss(ax)
+    axes[0, 0].set_ylabel(f"training loss, {outcome.label}")
+    axes[0, -1].legend(fontsize=8)
+    return figure
 
 
 def plot_drift(outcome):
@@ -270,12 +275,19 @@ def report(outcome, s):
                 whole = np.abs(m["whole_loss_drift"]).max()
                 teleported = [f"×{np.mean(m['growth']):.1f}", f"{m['largest_relative_drift']:.0e}", f"{whole:.0e}"]
             if a:
-                against = [interval(m["train_loss_minus_plain"]), verdict(m["train_loss_minus_plain"])]
+                against = [interval(m["train_loss_minus_baseline"]), verdict(m["train_loss_minus_baseline"])]
             accuracy = f"{100 * np.mean(m['final_test_accuracy']):.1f} %"
             seconds = f"{outcome.timings[key][arm][-1]:.2f}"
             name = f"{key.replace('_', ', ')}, {arm}"
             rows.append([name, *teleported, mean_std(m["final_train_loss"]), *against, accuracy, seconds])
-    header = ["", "‖∂L/∂W‖²", "drift, batch", "training set", f"training loss, epoch {s.epochs}", "minus plain [95 %]"]
+    header = [
+        "",
+        "‖∂L/∂W‖²",
+        "drift, batch",
+        "training set",
+        f"training loss, epoch {s.epochs}",
+        "minus baseline [95 %]",
+    ]
     return table([*header, "", "test accuracy", "s a run"], rows)
 
 
