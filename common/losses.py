@@ -25,10 +25,15 @@ def batch_loss(X: Tensor, labels: Tensor, activation: Activation) -> Callable[[S
     without its checks, so that a member that has diverged (its loss is NaN) does not stop the others.
     """
 
-    def loss_fn(weights: Sequence[Tensor]) -> Tensor:
-        h = X
-        for W in weights[:-1]:
-            h = activation.f(W @ h)
-        return cross_entropy(weights[-1] @ h, labels)
+    return lambda weights: cross_entropy(_output(weights, X, activation), labels)
 
-    return loss_fn
+
+def half_squared_error(X: Tensor, Y: Tensor, activation: Activation) -> Callable[[Sequence[Tensor]], Tensor]:
+    """loss_fn(weights) -> (*E,): ½‖Y − W_L σ(… σ(W_1 X))‖², X (*E, d_0, n), Y (*E, d_L, n); the regressions' loss."""
+    return lambda weights: 0.5 * (Y - _output(weights, X, activation)).square().sum((-2, -1))
+
+
+def _output(weights: Sequence[Tensor], h: Tensor, activation: Activation) -> Tensor:
+    for W in weights[:-1]:
+        h = activation.f(W @ h)
+    return weights[-1] @ h

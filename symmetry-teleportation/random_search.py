@@ -1,29 +1,26 @@
-"""Teleportation by sampling: an unofficial variant of paper B (arXiv 2205.10637) on Fashion-MNIST, against ascent.
+"""Teleportation by sampling: an unofficial variant of NeurIPS 2022 (arXiv 2205.10637) on Fashion-MNIST, against ascent.
 
 A 784-64-64-10 network with biases trains with SGD. Once, at the start of epoch 5, it is teleported through the
 pre-activation action on the first mini-batch of 32: 1000 random group elements are drawn, the best one is kept. The
 variant draws diagonally dominant elements, each row's sum on its diagonal, divided by the Frobenius norm; that is close
 to g = I/8, which alone multiplies gradients by 8. So the arms are:
 
-  SGD          no teleport; "lr ×3" and "lr ×10": the learning rate is raised at epoch 5 instead
-  random       one element, on one random hidden layer
-  published    the best of 1000 by the variant's score ‖g^-T ∂L/∂W_m‖, which is exact for linear networks only
-  search       the best of 1000 by the true gradient norm after the move
-  search all   the same, with an element for every hidden layer
-  ascent       gradient ascent over the group, all layers, until it has the norm that search found
-  rescaling    one positive number for the whole layer, chosen to give the norm that search found; "rescaling all": the
-               same number for every hidden layer, to give the norm that search all found
+  baseline       no teleport; "lr x3" and "lr x10": the learning rate is raised at epoch 5 instead
+  random         one element, on one random hidden layer
+  published      the best of 1000 by the variant's score ‖g^-T ∂L/∂W_m‖, which is exact for linear networks only
+  search         the best of 1000 by the true gradient norm after the move
+  search all     the same, with an element for every hidden layer
+  ascent         gradient ascent over the group, all layers, until it has the norm that search found
+  rescaling      one positive number for the whole layer, chosen to give the norm that search found; "rescaling all":
+                 the same number for every hidden layer, to give the norm that search all found
 
-Biases are an extra column of the weights, in homogeneous coordinates: every layer's input ends with a constant 1, and
-each hidden layer's weights end with the row (0, …, 0, 1) that hands it on. diag(g, 1) leaves that row alone, whatever
-the action; it takes no part in training or in gradient norms.
-
-An element is exact on the batch it was computed for; the loss on the whole training set is reported beside it.
+Biases are an extra column of the weights (biases.py). An element is exact on the batch it was computed for; the loss
+on the whole training set is reported beside it.
 """
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,22 +28,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from biases import affine_action, diagonally_dominant, gradient_norm, homogeneous, parameters
+
 from common import cli, plots
+from common.arms import Arm
 from common.claims import Claim, Verdict, grade, interval, listed, mean, table
 from common.losses import batch_loss
 from common.mlp import StackedMLP, initial_weights, published_seeds
 from common.published import approximate_score
 from common.run import Outcome
 from common.statistics import difference, mean_std, verdict
-from teleport import (
-    apply_to_layers,
-    leaky_relu,
-    preactivation_action,
-    random_search,
-    rescaling_action,
-    squared_gradient_norm,
-    teleport,
-)
+from teleport import apply_to_layers, leaky_relu, random_search, rescaling_action, teleport
 
 CLAIM = Claim(
     order=100,
@@ -62,15 +54,16 @@ CLAIM = Claim(
     source="An unofficial variant of the paper's",
 )
 
-RATES = {"SGD": 1, "SGD lr x3": 3, "SGD lr x10": 10}  # learning rates from the teleport epoch on
+RATES = (Arm("baseline"), Arm("lr x3", rate=3.0), Arm("lr x10", rate=10.0))  # from the teleport epoch on
 MOVES = ("random", "published", "search", "search all", "ascent", "rescaling", "rescaling all")
-ARMS = (*RATES, *MOVES)
+ARMS = (*(arm.name for arm in RATES), *MOVES)
+PAPERS = ("baseline", "published")
 PANELS = {
-    "teleports": ("SGD", "random", "published", "search", "search all", "ascent"),
-    "the same norm from one number": ("SGD", "search", "search all", "rescaling", "rescaling all"),
-    "a larger learning rate": (*RATES, "search", "search all"),
+    "teleports": ("baseline", "random", "published", "search", "search all", "ascent"),
+    "the same norm from one number": ("baseline", "search", "search all", "rescaling", "rescaling all"),
+    "a larger learning rate": ("baseline", "lr x3", "lr x10", "search", "search all"),
 }
-LOOK = dict(zip((*RATES, "random", "published", "search", "search all", "ascent"), range(8)))
+LOOK = dict(zip(("baseline", "lr x3", "lr x10", "random", "published", "search", "search all", "ascent"), range(8)))
 LOOK |= {"rescaling": 1, "rescaling all": 2}
 SLOPE = 0.01
 ACTIVATION = leaky_relu(SLOPE)
@@ -80,11 +73,11 @@ BISECTIONS = 10  # of the last ascent step, one gradient evaluation each
 
 @dataclass(frozen=True)
 class Settings:
-    dataset: str = "mnist-mini"
+    dataset: str = "FashionMNIST"
     seeds: int = 5
-    epochs: int = 15
+    epochs: int = 40
     teleport_epoch: int = 5
-    lr: float = 1e-2  # mnist-mini is 7.5 times smaller than the published training set, and 10 times the rate makes up
+    lr: float = 1e-3
     batch: int = 32
     widths: tuple = (64, 64)
     candidates: int = 1000
@@ -96,60 +89,11 @@ class Settings:
     probe: int = 5000  # training samples whose gradient tells whether the gain holds beyond the batch
 
 
-PRESETS = {
-    "tiny": Settings(
-        seeds=2,
-        epochs=3,
-        teleport_epoch=1,
-        lr=1e-3,
-        widths=(32, 33),
-        candidates=20,
-        budgets=(1, 5),
-        ascent_steps=6,
-        probe=200,
-    ),
-    "quick": Settings(),
-    "paper": Settings(dataset="FashionMNIST", epochs=40, lr=1e-3),
-}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Biases in homogeneous coordinates
-
-
-def homogeneous(weights):
-    """Append the row (0, …, 0, 1) to each hidden layer's weights (…, d_m, d_{m-1} + 1), the last column the biases."""
-    rows = (torch.eye(W.shape[-1]).to(W)[-1:].expand(*W.shape[:-2], 1, -1) for W in weights[:-1])
-    return (*(torch.cat([W, row], -2) for W, row in zip(weights, rows)), weights[-1])
-
-
-def parameters(weights):
-    """The opposite: what is trained."""
-    return (*(W[..., :-1, :] for W in weights[:-1]), weights[-1])
-
-
-def gradient_norm(weights, loss_fn):
-    """‖∂L/∂W‖² over the parameters: an objective of teleport and random_search."""
-    return squared_gradient_norm(parameters(weights), lambda W: loss_fn(homogeneous(W)))
-
-
-def affine_action(U, V, h, g, activation):
-    """The pre-activation action of diag(g, 1), g without its last row and column: the constant unit stays."""
-    g = torch.nn.functional.pad(g[..., :-1, :-1], (0, 1, 0, 1))
-    g = g + torch.diag_embed(torch.eye(g.shape[-1])[-1]).to(g)
-    return preactivation_action(U, V, h, g, activation)
-
-
-def diagonally_dominant(identity, count, scale, generator):
-    """The variant's elements: uniform in [0, 1], each row's sum on the diagonal, then of Frobenius norm `scale`."""
-    d = len(identity) - 1
-    g = torch.rand(count, d, d, generator=generator)
-    g = torch.diagonal_scatter(g, g.sum(-1), dim1=-2, dim2=-1)
-    g = torch.nn.functional.pad(scale * g / g.norm(dim=(-2, -1), keepdim=True), (0, 1, 0, 1))
-    g[:, -1, -1] = 1  # the constant unit
-    return g
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+PAPER = Settings()
+# mnist-mini is 7.5 times smaller than the published training set, and 10 times the learning rate makes up for it.
+QUICK = replace(PAPER, dataset="mnist-mini", epochs=15, lr=1e-2)
+SMALL = dict(seeds=2, epochs=3, teleport_epoch=1, lr=1e-3, candidates=20, budgets=(1, 5), ascent_steps=6, probe=200)
+PRESETS = {"tiny": replace(QUICK, widths=(32, 33), **SMALL), "quick": QUICK, "paper": PAPER}
 
 
 def experiment(run):
@@ -168,9 +112,11 @@ def experiment(run):
     weights = unpack(before, run.device)
     moves = run.parts(lambda _: move_all(s, weights, seeds, x, data.y), {"teleports": None})[0]["teleports"]
 
+    rates = {arm.name: arm.rate for arm in RATES}
+
     def train(arm):
         W = unpack(moves, run.device, f"{arm}/") if arm in MOVES else weights
-        net = new_net(W, s.lr * RATES.get(arm, 1))
+        net = new_net(W, s.lr * rates.get(arm, 1))
         curves = {"train_loss": [], "test_loss": [], "test_accuracy": []}
         whole_loss, _ = net.evaluate(x, data.y)
         probe = probe_gradient(net, x[: s.probe], data.y[: s.probe])
@@ -321,12 +267,12 @@ def compare(s, arrays):
 
     metrics = {}
     for arm in ARMS:
-        whole, probe = (arrays[f"{arm}/{k}"] / arrays[f"SGD/{k}"] for k in ("whole_loss", "probe"))
+        whole, probe = (arrays[f"{arm}/{k}"] / arrays[f"baseline/{k}"] for k in ("whole_loss", "probe"))
         metrics[arm] = {
             "final_train_loss": arrays[f"{arm}/train_loss"][:, -1],
             "final_test_loss": arrays[f"{arm}/test_loss"][:, -1],
             "final_test_accuracy": arrays[f"{arm}/test_accuracy"][:, -1],
-            "train_loss_minus_SGD": paired(arm, "SGD"),
+            "train_loss_minus_baseline": paired(arm, "baseline"),
             "train_loss_minus_search": paired(arm, "search"),
             "whole_loss_drift": whole - 1,
             "whole_gradient_growth": probe,
@@ -344,43 +290,49 @@ def compare(s, arrays):
     return metrics
 
 
+CONTROLS = {
+    "random": "one random element",
+    "rescaling": "one rescaling number of the same gradient norm",
+    "lr x10": "a tenfold learning rate",
+}
+
+
 def judge(outcome):
     m = outcome.metrics
-    arms = [arm for arm in m if "train_loss_minus_SGD" in m[arm] and arm != "SGD"]
-    gain = verdict(m["search"]["train_loss_minus_SGD"]) == "better"
-    controls = {"random": "one random element", "rescaling": "one rescaling number of the same gradient norm"}
-    controls["SGD lr x10"] = "a tenfold learning rate"
-    matched = [name for a, name in controls.items() if not m[a]["train_loss_minus_search"][1] > 0]
-    loss = {arm: mean(m[arm]["final_train_loss"]) for arm in ("SGD", "search", *controls)}
-    cost = m["gradient_evaluations"]
+    gain = verdict(m["search"]["train_loss_minus_baseline"]) == "better"
+    matched = [name for a, name in CONTROLS.items() if not m[a]["train_loss_minus_search"][1] > 0]
+    loss = {arm: mean(m[arm]["final_train_loss"]) for arm in ("baseline", "search", *CONTROLS)}
     sentence = (
-        f"Final training loss: SGD {loss['SGD']:.3f}, with the best of {cost['search']} {loss['search']:.3f}; with "
-        f"{', '.join(f'{name} {loss[a]:.3f}' for a, name in controls.items())}."
+        f"Final training loss: SGD {loss['baseline']:.3f}, with the best of {m['gradient_evaluations']['search']} "
+        f"{loss['search']:.3f}; with {', '.join(f'{name} {loss[a]:.3f}' for a, name in CONTROLS.items())}."
     )
-    details = [
-        f"{arm}: final training loss minus SGD's {interval(m[arm]['train_loss_minus_SGD'])} "
-        f"({verdict(m[arm]['train_loss_minus_SGD'])})."
-        for arm in arms
-    ]
-    details.append(
+    limits = f"{listed(matched, ' and ')} do{'es' if len(matched) == 1 else ''} as well or better"
+    return Verdict(grade(gain and not matched, gain), limits if gain else "no faster", sentence, [*details(m)])
+
+
+def details(m):
+    for arm in ARMS[1:]:
+        change = m[arm]["train_loss_minus_baseline"]
+        yield f"{arm}: final training loss minus SGD's {interval(change)} ({verdict(change)})."
+    cost = m["gradient_evaluations"]
+    yield (
         f"Gradient ascent reaches the norm that sampling finds in {min(cost['ascent'])} to {max(cost['ascent'])} "
         f"gradient evaluations instead of {cost['search']}; the loss that follows is "
         f"{interval(m['ascent']['train_loss_minus_search'], 3)} above sampling's."
     )
-    limits = f"{listed(matched, ' and ')} do{'es' if len(matched) == 1 else ''} as well or better"
-    return Verdict(grade(gain and not matched, gain), limits if gain else "no faster", sentence, details)
 
 
 def plot(outcome, s, save):
-    save(plot_training(outcome, s))
+    save(plot_training(outcome, s, {"": PAPERS}))
+    save(plot_training(outcome, s, PANELS), "controls")
     save(plot_cost(outcome, s), "cost")
 
 
-def plot_training(outcome, s):
-    """Training loss of the teleports, and of the controls beside the two searches."""
-    figure, axes = plots.panels(1, 3, width=3.9, height=3.6, sharey=True)
+def plot_training(outcome, s, panels):
+    """Training loss against epoch: the variant's two arms, or all with their controls."""
+    figure, axes = plots.panels(1, len(panels), width=3.9, height=3.6, sharey=True)
     before, epochs = outcome.arrays["start/train_loss"], np.arange(1, s.epochs + 1)
-    for ax, (title, arms) in zip(axes[0], PANELS.items()):
+    for ax, (title, arms) in zip(axes[0], panels.items()):
         for k, arm in enumerate(arms):
             curve = np.concatenate([before, outcome.arrays[f"{arm}/train_loss"]], 1)
             look = dict(plots.style(LOOK[arm], marker=True), markevery=(k * s.epochs // 30, max(1, s.epochs // 5)))
@@ -395,41 +347,24 @@ def plot_training(outcome, s):
 
 def plot_cost(outcome, s):
     """The norm found against the number of gradient evaluations, and how much of it holds for other samples."""
-    figure, axes = plots.panels(1, 3, width=3.7, height=3.2)
-    ax, arrays, metrics = axes[0, 0], outcome.arrays, outcome.metrics
-    plots.band(
-        ax,
-        [*s.budgets, s.candidates],
-        arrays["teleports/search_curve"],
-        "search",
-        LOOK["search"],
-        marker="^",
-        markersize=4,
-    )
-    ascent = arrays["teleports/ascent_curve"]
-    for i, curve in enumerate(ascent):
-        ax.plot(
-            COST * np.arange(len(curve)), curve, label=None if i else "ascent (each run)", **plots.style(LOOK["ascent"])
-        )
-    ax.set(
-        xscale="log", yscale="log", xlabel="gradient evaluations", ylabel=r"$\|\partial L/\partial W\|^2$ on the batch"
-    )
-    ax.set(xlim=(1, None), ylim=(None, s.ascent_cap))
-    for ax, key, label in (
-        (axes[0, 1], "whole_gradient_growth", f"growth of ‖∂L/∂W‖²,\n{s.probe} training samples"),
-        (axes[0, 2], "whole_loss_drift", "relative change of the loss,\nwhole training set"),
-    ):
+    figure, ((ax, growth, drift),) = plots.panels(1, 3, width=3.7, height=3.2)
+    budgets, found = [*s.budgets, s.candidates], outcome.arrays["teleports/search_curve"]
+    plots.band(ax, budgets, found, "search", LOOK["search"], marker="^", markersize=4)
+    for i, curve in enumerate(outcome.arrays["teleports/ascent_curve"]):
+        name = None if i else "ascent (each run)"
+        ax.plot(COST * np.arange(len(curve)), curve, label=name, **plots.style(LOOK["ascent"]))
+    ax.set(xscale="log", yscale="log", xlabel="gradient evaluations", xlim=(1, None), ylim=(None, s.ascent_cap))
+    ax.set_ylabel(r"$\|\partial L/\partial W\|^2$ on the batch")
+    ax.legend(fontsize=8)
+    for ax, key in ((growth, "whole_gradient_growth"), (drift, "whole_loss_drift")):
         for row, arm in enumerate(MOVES):
-            values = np.array(metrics[arm][key])
-            look = plots.style(LOOK[arm], marker=True) | {"linestyle": "none"}
-            ax.plot(values, np.full(len(values), row), **look)
+            values = np.array(outcome.metrics[arm][key])
+            ax.plot(values, np.full(len(values), row), **{**plots.style(LOOK[arm], marker=True), "linestyle": "none"})
         ax.set_yticks(range(len(MOVES)), MOVES)
         ax.invert_yaxis()
-        ax.set_xlabel(label)
-    axes[0, 0].legend(fontsize=8)
-    axes[0, 1].set_xscale("log")
-    axes[0, 1].axvline(1, color="0.5", linewidth=0.8)
-    axes[0, 2].axvline(0, color="0.5", linewidth=0.8)
+        ax.axvline(key == "whole_gradient_growth", color="0.5", linewidth=0.8)
+    growth.set(xscale="log", xlabel=f"growth of ‖∂L/∂W‖²,\n{s.probe} training samples")
+    drift.set_xlabel("relative change of the loss,\nwhole training set")
     return figure
 
 
@@ -437,28 +372,28 @@ def report(outcome, s):
     rows = []
     for arm in ARMS:
         m = outcome.metrics[arm]
-        against_sgd = [interval(m["train_loss_minus_SGD"], 3), verdict(m["train_loss_minus_SGD"])]
+        against = [interval(m["train_loss_minus_baseline"], 3), verdict(m["train_loss_minus_baseline"])]
         teleported = ["", "", "", ""]
         if arm in MOVES:
             growth, whole, drift = (np.array(m[k]) for k in ("growth", "whole_gradient_growth", "whole_loss_drift"))
             drift = f"{np.abs(drift).max():.1e}"
             teleported = [f"×{growth.mean():.1f}", f"×{whole.mean():.1f}", f"{m['largest_relative_drift']:.0e}", drift]
-        against_sgd = against_sgd if arm != "SGD" else ["", ""]
+        against = against if arm != "baseline" else ["", ""]
         accuracy = f"{100 * np.mean(m['final_test_accuracy']):.1f} %"
-        rows.append([arm, *teleported, mean_std(m["final_train_loss"]), *against_sgd, accuracy])
+        rows.append([arm, *teleported, mean_std(m["final_train_loss"]), *against, accuracy])
     header = ["", "‖∂L/∂W‖², batch", "other samples", "drift, batch", "training set", "final training loss"]
-    header += ["minus SGD [95 %]", "", "test accuracy"]
+    header += ["minus baseline [95 %]", "", "test accuracy"]
     m = outcome.metrics
     cost = ", ".join(str(int(n)) for n in m["gradient_evaluations"]["ascent"])
     seconds = {k: np.mean(outcome.timings[f"{k}_seconds"]) for k in ("search", "ascent")}
-    against = (interval(m[arm]["train_loss_minus_search"], 3) for arm in ("random", "ascent", "rescaling"))
-    at_equal_cost = np.array(m["ascent_at_equal_cost"]) / np.array(m["ascent"]["squared_gradient_norm"])[:, 0]
+    others = (interval(m[arm]["train_loss_minus_search"], 3) for arm in ("random", "ascent", "rescaling"))
+    at_equal_cost = np.divide(m["ascent_at_equal_cost"], np.array(m["ascent"]["squared_gradient_norm"])[:, 0])
     return (
         table(header, rows)
         + f"\n\nGradient evaluations to the norm that search finds with {s.candidates}: ascent {cost}"
         + f"\nGrowth of ‖∂L/∂W‖² within as many: ascent ×{at_equal_cost.min():.0f} or more"
         + f"\nSeconds a run: search {seconds['search']:.2f}, the whole ascent {seconds['ascent']:.2f}"
-        + "\nFinal training loss minus search's: random {}, ascent {}, rescaling {}".format(*against)
+        + "\nFinal training loss minus search's: random {}, ascent {}, rescaling {}".format(*others)
     )
 
 

@@ -1,0 +1,42 @@
+"""Biases in homogeneous coordinates: an extra column of the weights, and a hidden unit that is always 1.
+
+Every layer's input ends with a constant 1, and each hidden layer's weights end with the row (0, …, 0, 1) that hands it
+on. diag(g, 1) leaves that row alone, whatever the action; it takes no part in training or in gradient norms.
+"""
+
+import torch
+
+from teleport import preactivation_action, squared_gradient_norm
+
+
+def homogeneous(weights):
+    """Append the row (0, …, 0, 1) to each hidden layer's weights (…, d_m, d_{m-1} + 1), the last column the biases."""
+    rows = (torch.eye(W.shape[-1]).to(W)[-1:].expand(*W.shape[:-2], 1, -1) for W in weights[:-1])
+    return (*(torch.cat([W, row], -2) for W, row in zip(weights, rows)), weights[-1])
+
+
+def parameters(weights):
+    """The opposite: what is trained."""
+    return (*(W[..., :-1, :] for W in weights[:-1]), weights[-1])
+
+
+def gradient_norm(weights, loss_fn):
+    """‖∂L/∂W‖² over the parameters: an objective of teleport and random_search."""
+    return squared_gradient_norm(parameters(weights), lambda W: loss_fn(homogeneous(W)))
+
+
+def affine_action(U, V, h, g, activation):
+    """The pre-activation action of diag(g, 1), g without its last row and column: the constant unit stays."""
+    g = torch.nn.functional.pad(g[..., :-1, :-1], (0, 1, 0, 1))
+    g = g + torch.diag_embed(torch.eye(g.shape[-1])[-1]).to(g)
+    return preactivation_action(U, V, h, g, activation)
+
+
+def diagonally_dominant(identity, count, scale, generator):
+    """The variant's elements: uniform in [0, 1], each row's sum on the diagonal, then of Frobenius norm `scale`."""
+    d = len(identity) - 1
+    g = torch.rand(count, d, d, generator=generator)
+    g = torch.diagonal_scatter(g, g.sum(-1), dim1=-2, dim2=-1)
+    g = torch.nn.functional.pad(scale * g / g.norm(dim=(-2, -1), keepdim=True), (0, 1, 0, 1))
+    g[:, -1, -1] = 1  # the constant unit
+    return g
