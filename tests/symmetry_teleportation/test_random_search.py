@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import close, load_script, normal, run_inside
 
-from common.mlp import StackedMLP, cross_entropy
+from common.losses import cross_entropy
+from common.mlp import StackedMLP
 from common.published import approximate_score
 from teleport import (
     IDENTITY,
