@@ -136,7 +136,8 @@ def load_script(script):
     spec = importlib.util.spec_from_file_location(name, ROOT / script)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    with mock.patch.object(sys, "path", [str((ROOT / script).parent), *sys.path]):  # as `python SCRIPT` does
+        spec.loader.exec_module(module)
     return module
 
 
