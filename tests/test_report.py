@@ -85,12 +85,12 @@ def test_verdict_on_figure_6():
 def test_verdict_on_sampling():
     results, word = judged("symmetry-teleportation/random_search.py")
     metrics = results[0].metrics
-    for arm in ("random", "rescaling", "SGD lr x10"):
+    for arm in ("random", "rescaling", "lr x10"):
         metrics[arm]["train_loss_minus_search"] = (0.1, 0.05, 0.2)
     assert word() == "holds"
     metrics["rescaling"]["train_loss_minus_search"] = (0.1, -0.05, 0.2)  # as good
     assert word() == "holds in part"
-    metrics["search"]["train_loss_minus_SGD"] = (0.1, -0.05, 0.2)
+    metrics["search"]["train_loss_minus_baseline"] = (0.1, -0.05, 0.2)
     assert word() == "does not hold"
 
 
