@@ -268,6 +268,8 @@ def judge(outcome):
         f"{max(parabola['published_relative_error']):.0%}.",
         number=f"least {parabola['turn_value']:.3f} r at κr = {parabola['turn_at']:.2f}, {FLAT:.3f} r when straight",
         published=published_rows(outcome.arrays),
+        surprise=f"Curvature first brings the shifted minimum nearer, then drives it away: the least distance is "
+        f"{parabola['turn_value']:.3f} r for the parabola, {circle['turn_value']:.3f} r for the circle.",
     )
 
 

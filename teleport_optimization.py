@@ -178,7 +178,8 @@ def judge(outcome):
     limits = f"{listed(both)} only" if both else "none of them"
     word = grade(len(both) == len(claimed), both)
     number = f"{len(both)} of {len(claimed)} gain, best rates too"
-    return Verdict(word, limits, sentence, details, number, answers={"cost": cost(outcome), "gain": gain(outcome)})
+    answers = {"cost": cost(outcome), "gain": gain(outcome)}
+    return Verdict(word, limits, sentence, details, number, surprise=restarts(m["AdaGrad"], early), answers=answers)
 
 
 def cost(outcome):

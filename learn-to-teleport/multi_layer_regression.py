@@ -278,31 +278,32 @@ def milestones(s):
 
 
 def judge(outcome):
-    m, s = outcome.metrics, outcome.settings
-    arms = {"LSTM(lr, teleport)": "LSTM(lr)", "LSTM(update, teleport)": "LSTM(update)"}
+    m, arms = outcome.metrics, {"LSTM(lr, teleport)": "LSTM(lr)", "LSTM(update, teleport)": "LSTM(update)"}
     beat = [m[arm]["verdict"] == "better" for arm in arms]
     add = [m[arm]["ratio_to_no_element"][2] < 1 for arm in arms]
-    pairs = (
-        f"{a} {m[a]['ratio_to_GD'][0]:.3f}, without teleport {m[b]['ratio_to_GD'][0]:.3f}" for a, b in arms.items()
+    over = {arm: f"{values['ratio_to_GD'][0]:.3f}" for arm, values in m.items() if "ratio_to_GD" in values}
+    pairs = "; ".join(f"{a} {over[a]}, without teleport {over[b]}" for a, b in arms.items())
+    clamp = (
+        f"gradient descent at the learned rate's upper limit, with nothing learned, {over['GD, rates of the clamp']}"
     )
-    sentence = (
-        f"Loss after {s.steps} steps over gradient descent's: {'; '.join(pairs)}; gradient descent at the learned "
-        f"rate's upper limit, with nothing learned, {m['GD, rates of the clamp']['ratio_to_GD'][0]:.3f}."
+    return Verdict(
+        grade(all(beat) and all(add), all(beat)),
+        "no better than without the teleport" if all(beat) else "no better than gradient descent",
+        f"Loss after {outcome.settings.steps} steps over gradient descent's: {pairs}; {clamp}.",
+        [against_gradient_descent(arm, values) for arm, values in m.items() if arm != "GD"],
+        f"loss with / without teleport {factor(m['LSTM(update, teleport)']['ratio_to_no_element'])}",
+        surprise=f"Of gradient descent's loss remain: {clamp}; LSTM(lr, teleport) {over['LSTM(lr, teleport)']}.",
     )
-    details = []
-    for arm, v in m.items():
-        if arm == "GD":
-            continue
-        drift = v.get("largest_relative_drift")
-        details.append(
-            f"{arm}: final loss / GD's {factor(v['ratio_to_GD'])} ({v['verdict']}), / GD at the clamp's rate "
-            f"{factor(v['ratio_to_clamp'])}{f', drift of a teleport at most {drift:.0e}' if drift else ''}; of "
-            f"{v['meta_seeds']} meta-seeds {v['meta_seeds_better_than_GD']} beat GD, the best in meta-training "
-            f"is shown."
-        )
-    limits = "no better than without the teleport" if all(beat) else "no better than gradient descent"
-    number = f"loss with / without teleport {factor(m['LSTM(update, teleport)']['ratio_to_no_element'])}"
-    return Verdict(grade(all(beat) and all(add), all(beat)), limits, sentence, details, number)
+
+
+def against_gradient_descent(arm, values):
+    drift = values.get("largest_relative_drift")
+    return (
+        f"{arm}: final loss / GD's {factor(values['ratio_to_GD'])} ({values['verdict']}), / GD at the clamp's rate "
+        f"{factor(values['ratio_to_clamp'])}{f', drift of a teleport at most {drift:.0e}' if drift else ''}; of "
+        f"{values['meta_seeds']} meta-seeds {values['meta_seeds_better_than_GD']} beat GD, the best in meta-training "
+        f"is shown."
+    )
 
 
 def plot(outcome, settings, save):

@@ -268,6 +268,10 @@ def judge(outcome):
             f"random angle {m['gd_random']['speed_share']:.0%}. At the maximum the gradient is within "
             f"{m['gd_maximum']['degrees_from_newton']:.0e} degrees of Newton's direction. Largest drift {drift:.0e}."
         ],
+        surprise=""
+        if faster["gd_random"]
+        else f"Teleports to random angles end at a loss of {final['gd_random']:.1e}, the published ascent at "
+        f"{final['gd_published']:.1e}.",
     )
 
 

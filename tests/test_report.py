@@ -231,6 +231,11 @@ def test_the_readme_is_read_in_a_minute():
     assert [s.claim.figure for s in headlines if f"#{report.anchor(s)})" not in "".join(findings)] == []
 
 
+def test_the_surprises_are_ten_at_most():
+    text = (ROOT / "REPRODUCTION.md").read_text().partition("## Surprises\n")[2].partition("\n## ")[0]
+    assert 1 <= len(text.strip().splitlines()) <= 10
+
+
 def test_published_numbers_stand_beside_ours(tmp_path):
     section = next(s for s in SECTIONS if s.script == "displacement_integration.py")
     results = report.load(section)
