@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from functools import partial, reduce
 
-import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -15,15 +14,19 @@ from teleporter.layers import (
     NORM,
     Channels,
     Flow,
+    changed_by_hand,
     passes,
     reader,
     rows,
+    shapes_decide,
     split_dim,
     writer,
 )
 from teleporter.passes import kept_attributes
 from teleporter.symmetry import Attention, HiddenAction, Pair, Slot, Symmetry
 from teleporter.traced import traced
+
+_FACTS = ("shape", "ndim", "dtype", "device")  # of a tensor, which say nothing of its values
 
 
 def attribute_of(module, path):
@@ -62,9 +65,13 @@ def exact_candidates(model, finder, kinds, inputs):
 
 
 class Finder:
-    """Finds candidates, (symmetry, the modules it needs to itself, a reason against it or None), of three sorts."""
+    """Finds candidates, (symmetry, the modules it needs to itself, a reason against it or None), of three sorts.
 
-    def __init__(self, model):
+    on_trial: whether they will be tried on real inputs. If not, what shapes or hooks have to decide is left alone.
+    """
+
+    def __init__(self, model, on_trial=True):
+        self.on_trial = on_trial
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.parameters = dict(model.named_parameters())
         self.names = {id(p): name for name, p in self.parameters.items()}
@@ -72,6 +79,8 @@ class Finder:
         self.calls = Counter()
         self.spaces, self.heads, self.hidden = [], [], []  # rescalings, attention, data-dependent actions
         for name, module in model.named_modules():
+            if changed_by_hand(module) and not on_trial:
+                continue
             if type(module) is nn.MultiheadAttention:
                 self.heads += self.multihead(name, module)
             elif type(module) in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):  # fx cannot trace these
@@ -91,7 +100,7 @@ class Finder:
         return [Slot(self.names.get(id(p), f"{name}.{a}"), reads, view) for a, view, p in found if p is not None]
 
     def obstacle(self, slots, modules=()):
-        """Why these slots of these modules cannot move; None if they can. Raises ValueError for half precision."""
+        """Why these slots of these modules cannot move; None if they can."""
         for slot in slots:
             parameter = self.parameters.get(slot.name)
             if parameter is None:
@@ -100,8 +109,8 @@ class Finder:
                 return f"{slot.name} is frozen"
             if self.uses[id(parameter)] > 1:
                 return f"{slot.name} is shared"
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise ValueError(f"{slot.name} is {parameter.dtype}: use float32 parameters (autocast is fine)")
+            if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+                return f"{slot.name} is {parameter.dtype}"
         reused = [name for name in modules if self.calls[id(self.modules[name])] > 1]
         return f"{reused[0]} is called more than once" if reused else None
 
@@ -125,7 +134,8 @@ class Finder:
             channels.slots += self.slots(name, reader(module, channels.size, flow, part), reads=True)
 
     def pair(self, pair):
-        flow = Flow(Channels(), flat=True)
+        first = self.module(pair.writers if isinstance(pair.writers, str) else pair.writers[0])
+        flow = Flow(Channels(), flat=None if type(first) in (nn.Linear, nn.Embedding) else True)
         for names, note in zip(pair, (self.write, self.read)):
             for name in [names] if isinstance(names, str) else names:
                 note(name, flow)
@@ -134,7 +144,10 @@ class Finder:
     def follow(self, prefix, graph):
         flows = {}
         for node in graph.nodes:
-            flow = self.flow(prefix, node, flows)
+            try:
+                flow = self.flow(prefix, node, flows)
+            except (ValueError, TypeError, LookupError, AttributeError, StopIteration) as error:  # an odd call
+                flow = self.flow(prefix, node, flows, f"{node.name} is called in an unknown way: {error}")
             if flow is not None:
                 flows[node] = flow
             self.hidden += self.linear_pair(prefix, node)
@@ -151,8 +164,11 @@ class Finder:
             return node.target.__name__, None, node.target.__name__.lower() if known else ""
         return prefix + node.target if node.op == "get_attr" else node.target, None, node.target
 
-    def flow(self, prefix, node, flows):
-        """Note what a node reads and writes; return the tensor that comes out of it, None if it is not a tensor."""
+    def flow(self, prefix, node, flows, obstacle=None):
+        """Note what a node reads and writes; return the tensor that comes out of it, None if it is not a tensor.
+
+        obstacle: why its tensors stay, if that is known already.
+        """
         name, module, op = self.operation(prefix, node)
         kind, args = type(module), node.args
         inputs = [flows[n] for n in node.all_input_nodes if n in flows]
@@ -171,15 +187,25 @@ class Finder:
                 flow.channels.block(str(error))
             return flow
 
+        if obstacle is not None:
+            return blocked(obstacle)
         if node.op == "placeholder":
             return blocked("it is an input")
         if node.op == "get_attr":
+            if all(self.operation(prefix, n)[2] == "getattr" and n.args[1] in _FACTS for n in node.users):
+                return None
             self.uses[id(attribute_of(self.modules[prefix.rstrip(".")], node.target))] += 1
             return blocked(f"{name} is used outside its module")
         if node.op == "output":
             return blocked("it is the output of " + (prefix.rstrip(".") or "the model"))
-        if not inputs or op in ("size", "dim") or op == "getattr" and args[1] in ("shape", "ndim", "dtype", "device"):
+        if not inputs or op in ("size", "dim") or op == "getattr" and args[1] in _FACTS:
             return None
+        if module is not None and not self.on_trial and changed_by_hand(module):
+            stays = blocked(f"{name} has a hook or another forward, whose effect only inputs can show")
+            stays.channels.writers.append(name)
+            return stays
+        if not self.on_trial and shapes_decide(node, module, op, flow):
+            return blocked(f"shapes decide what {name} does, and no inputs were given")
 
         if kind is nn.Linear or kind is nn.Embedding:
             if kind is nn.Linear:
@@ -262,7 +288,10 @@ class Finder:
 
     def plain_attention(self, prefix, node):
         """The projections around a scaled_dot_product_attention, if heads are split and merged in the usual way."""
-        sources, out = [self.split_heads(prefix, n) for n in node.args[:3]], self.merge_heads(prefix, node)
+        tensors = (*node.args[:3], *map(node.kwargs.get, ("query", "key", "value")[len(node.args) :]))
+        if node.kwargs.keys() & {"enable_gqa"} or not all(isinstance(n, fx.Node) for n in tensors):
+            return
+        sources, out = [self.split_heads(prefix, n) for n in tensors], self.merge_heads(prefix, node)
         if out is not None and None not in sources:
             names, heads, parts = zip(*sources)
             if len(set(heads)) == 1 and parts == ((0, 1, 2) if len(set(names)) == 1 else (None, None, None)):
@@ -271,7 +300,9 @@ class Finder:
     def split_heads(self, prefix, node):
         """(Linear, heads, part of it or None) if node is Linear, view(batch, tokens, heads, d), transpose(1, 2)."""
         op, part = partial(self.operation, prefix), None
-        view = node.args[0]
+        view = node.args[0] if node.args else None
+        if not isinstance(view, fx.Node) or not view.args:
+            return None
         if op(node)[2] != "transpose" or {*node.args[1:]} not in ({1, 2}, {-2, -3}) or len(node.users) > 1:
             return None
         sizes = view.args[-1] if isinstance(view.args[-1], tuple | list) else view.args[1:]
@@ -292,7 +323,7 @@ class Finder:
     def merge_heads(self, prefix, node):
         """The Linear that reads node.transpose(1, 2).reshape(batch, tokens, features), or None."""
         for expected in ("transpose", "contiguous", "view|reshape|flatten", "linear"):
-            if len(node.users) > 1:
+            if len(node.users) != 1:
                 return None
             name, module, op = self.operation(prefix, user := next(iter(node.users)))
             if re.fullmatch(expected, op):

@@ -78,7 +78,9 @@ def reader(module, size, flow, part=None):
 
 # Operations f with f(sx) = s f(x) for s > 0 in each channel: type of module, or name of function or method, lower case.
 HOMOGENEOUS = re.compile(r"(leaky_?)?relu_?|prelu|identity|(feature_)?dropout[123]?d?_?|contiguous|clone|neg|abs")
-POOLING = re.compile(r"(adaptive_?)?(max|avg)_?pool[123]d|upsample|interpolate|zeropad[123]d|reflectionpad[123]d")
+POOLING = re.compile(
+    r"(adaptive_?)?(max|avg)_?pool(?P<dims>[123])d|upsample|interpolate|zeropad[123]d|reflectionpad[123]d"
+)
 
 
 class Channels:
@@ -127,12 +129,18 @@ def passes(op, node, module, flow, flows):
     args, kwargs = node.args, node.kwargs
     if HOMOGENEOUS.fullmatch(op):
         return flow
-    if POOLING.fullmatch(op) and flow.dim == 1 and not getattr(module, "return_indices", False):
-        return flow
+    pooling = POOLING.fullmatch(op)
+    if pooling and flow.dim == 1 and not getattr(module, "return_indices", False):
+        return flow if pooling["dims"] in (None, str(flow.positions)) else None
     numbers = [x for x in args if isinstance(x, int | float)]
     if op.strip("i_") == "mul" and len(args) == 2 and len(numbers) == 1:
         return flow
-    if op.strip("i_") in ("truediv", "div", "mul") and args[0] in flows and args[1:] and args[1] not in flows:
+    if (
+        op.strip("i_") in ("truediv", "div", "mul")
+        and args[0] in flows
+        and args[1:]
+        and not (args[1] in flows or kwargs)
+    ):
         return flow  # by a number
     if op in ("clamp", "clamp_min") and (args[1:], kwargs) in (((0,), {}), ((), {"min": 0})):
         return flow
@@ -156,3 +164,18 @@ def reduced(op, node, flow):
         dims = {d if d > 0 else 2 + p + d for d in dims}
         return p - len(dims) if dims <= set(range(2, 2 + p)) else None
     return 0 if flow.dim == -1 and dims == (1,) and op != "squeeze" else None
+
+
+def changed_by_hand(module):
+    """Whether hooks or a forward of its own make this layer more than its type says."""
+    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def shapes_decide(node, module, op, flow):
+    """Whether the shape of its input decides which of a node's dimensions are channels (batched or not, tokens)."""
+    kind = type(module)
+    if kind in (nn.BatchNorm1d, nn.SyncBatchNorm, nn.GroupNorm) or flattens(op, node, module):
+        return True
+    if flow.dim != 1:
+        return kind in (nn.BatchNorm2d, nn.BatchNorm3d) or op in ("mean", "sum", "amax", "amin")
+    return op in ("squeeze", "flatten")

@@ -92,13 +92,17 @@ class Symmetry(NamedTuple):
             if tensors.get(slot.name) is None:
                 continue
             x = tensors[slot.name]
-            slot.act_(x, (dual if slot.reads else M).to(x))
+            wide = x.float() if x.dtype.itemsize < 4 else x  # half precision rounds once, at the end
+            slot.act_(wide, (dual if slot.reads else M).to(wide))
+            if wide is not x:
+                x.copy_(wide)
 
     def derivative(self, covectors: dict, vectors: dict) -> Tensor:
         """∂/∂T at T = 0 of Σ⟨covector, vector moved by exp(T)⟩; covectors = ∂objective/∂W, vectors = W."""
-        total = torch.zeros(self.shape, dtype=torch.float64)
+        total = torch.zeros(self.shape, dtype=torch.float64, device="cpu")
         for slot in self.slots:
             c, x = (tensors[slot.name].detach() for tensors in (covectors, vectors))
+            c, x = (y.float() if y.dtype.itemsize < 4 else y for y in (c, x))
             c, x = (-x, c) if slot.reads else (c, x)
             found = slot.product(c, x, self.kind != "rescale").cpu()
             total[: len(found)] += found  # Entries end with the last one that they scale

@@ -87,23 +87,23 @@ class Teleporter:
         self.objective, self.optimizer = objective if callable(objective) else None, optimizer
         self.averaged, self.strict, self.on_unknown_state = averaged, strict, on_unknown_state
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.symmetries, self.left_alone = [], {}
-        self._find(items, inputs)
-        if not self.symmetries:
-            more = "" if inputs is not None else "; inputs= would show a real run"
-            raise ValueError(f"no symmetry found: {self.left_alone or 'no layers that could be joined'}{more}")
+        self.items, self.symmetries, self.left_alone = items, [], {}
         self.total_bound, self.moves, self.verified = total_bound, [], self.action is not None
         self.fingerprint = fingerprint(model)
+        self._find(inputs)
         self._followers()
         if inputs is not None:
             self._verify(inputs)
 
-    def _find(self, items, inputs):
+    def _find(self, inputs):
+        """Search; without inputs, what they would have to decide is left alone."""
         with same_randomness(self.model):
-            finder = Finder(self.model)
+            finder = Finder(self.model, on_trial=inputs is not None or self.action is not None)
+        items = self.items
         kinds = {item for item in items if isinstance(item, str)}
         found = finder.hidden if self.action is not None else []
         found = found + exact_candidates(self.model, finder, kinds, inputs)
+        self.symmetries, self.left_alone = [], {}
         by_hand = [finder.pair(item) for item in items if isinstance(item, Pair)]
         by_hand += [h for item in items if isinstance(item, Attention) for h in finder.attention(item)]
         for candidates, wanted in ((found, False), (by_hand, True)):
@@ -115,6 +115,9 @@ class Teleporter:
                     raise ValueError(f"{symmetry.name}: {reason}")
                 else:
                     self.left_alone[symmetry.name] = reason
+        if not self.symmetries and (inputs is not None or "no inputs were given" not in str(self.left_alone)):
+            more = "" if inputs is not None else "; inputs= would show a real run"
+            raise ValueError(f"no symmetry found: {self.left_alone or 'no layers that could be joined'}{more}")
 
     def __repr__(self):
         if self.low_rank is not None:
@@ -144,14 +147,19 @@ class Teleporter:
     def _transport(self, symmetries, tangents):
         transport(self.parameters, *self._followers(), symmetries, tangents, self.on_unknown_state)
 
-    def _verify(self, inputs):
-        """Check that nothing changed since the model was searched and, once, try every symmetry on these inputs."""
+    def _verify(self, inputs, search=False):
+        """Check that nothing changed since the model was searched and, once, try every symmetry on these inputs.
+
+        search: whether to look for more, now that there are inputs.
+        """
         change = difference(self.fingerprint, fingerprint(self.model))
         if change is not None:
             raise RuntimeError(f"{change}: make a new Teleporter")
         self._followers()
         if self.verified or inputs is None:
             return
+        if search and not self.moves:
+            self._find(inputs)
         wrong = refuted(self.model, self.parameters, self.symmetries, inputs)
         self.left_alone |= {name: f"a trial changed the output by {change:.2g}" for name, change in wrong.items()}
         kept = [s for s in self.symmetries if s.name not in wrong]
@@ -178,7 +186,7 @@ class Teleporter:
             return self.low_rank.step()
         if loss_fn is None:
             raise ValueError("step needs inputs and loss_fn")
-        self._verify(inputs)
+        self._verify(inputs, search=True)
         moving = self._moving()
         outputs = []
 

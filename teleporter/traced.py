@@ -15,12 +15,9 @@ from teleporter.verify import called
 def traced(model, inputs):
     """Candidates (symmetry, None, reason against it or None) of one forward pass of real inputs.
 
-    Raises ValueError for half precision, and whatever the model raises.
+    Raises whatever the model raises.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, p in parameters.items():
-        if p.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name} is {p.dtype}: use float32 parameters (autocast is fine)")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
     tracer = Tracer(model, parameters)
     with same_randomness(model), kept_attributes(model):
         with tracer.running():
