@@ -15,10 +15,10 @@ from teleporter.layers import (
     Channels,
     Flow,
     changed_by_hand,
+    needs_inputs,
     passes,
     reader,
     rows,
-    shapes_decide,
     split_dim,
     writer,
 )
@@ -200,12 +200,10 @@ class Finder:
             return blocked("it is the output of " + (prefix.rstrip(".") or "the model"))
         if not inputs or op in ("size", "dim") or op == "getattr" and args[1] in _FACTS:
             return None
-        if module is not None and not self.on_trial and changed_by_hand(module):
-            stays = blocked(f"{name} has a hook or another forward, whose effect only inputs can show")
-            stays.channels.writers.append(name)
+        if not self.on_trial and (undecided := needs_inputs(name, node, module, op, flow)):
+            stays = blocked(undecided)
+            stays.channels.writers += [name] if module is not None else []
             return stays
-        if not self.on_trial and shapes_decide(node, module, op, flow):
-            return blocked(f"shapes decide what {name} does, and no inputs were given")
 
         if kind is nn.Linear or kind is nn.Embedding:
             if kind is nn.Linear:

@@ -171,11 +171,17 @@ def changed_by_hand(module):
     return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def shapes_decide(node, module, op, flow):
-    """Whether the shape of its input decides which of a node's dimensions are channels (batched or not, tokens)."""
+def needs_inputs(name, node, module, op, flow):
+    """Why only real inputs could tell what a node does to the channels of its input; None if its type says it.
+
+    Shapes decide which dimension holds the channels: a batch or none, tokens or none.
+    """
     kind = type(module)
-    if kind in (nn.BatchNorm1d, nn.SyncBatchNorm, nn.GroupNorm) or flattens(op, node, module):
-        return True
-    if flow.dim != 1:
-        return kind in (nn.BatchNorm2d, nn.BatchNorm3d) or op in ("mean", "sum", "amax", "amin")
-    return op in ("squeeze", "flatten")
+    if module is not None and changed_by_hand(module):
+        return f"{name} has a hook or another forward, and no inputs were given"
+    shapes = kind in (nn.BatchNorm1d, nn.SyncBatchNorm, nn.GroupNorm) or flattens(op, node, module)
+    if flow.dim == 1:
+        shapes = shapes or op in ("squeeze", "flatten")
+    else:
+        shapes = shapes or kind in (nn.BatchNorm2d, nn.BatchNorm3d) or op in ("mean", "sum", "amax", "amin")
+    return f"shapes decide what {name} does, and no inputs were given" if shapes else None

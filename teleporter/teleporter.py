@@ -88,7 +88,8 @@ class Teleporter:
         self.averaged, self.strict, self.on_unknown_state = averaged, strict, on_unknown_state
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.items, self.symmetries, self.left_alone = items, [], {}
-        self.total_bound, self.moves, self.verified = total_bound, [], self.action is not None
+        self.total_bound, self.moves, self.totals = total_bound, [], {}
+        self.verified = self.action is not None
         self.fingerprint = fingerprint(model)
         self._find(inputs)
         self._followers()
@@ -266,8 +267,11 @@ class Teleporter:
 
     def _remember(self, tangents):
         """Move the optimizer's state after the parameters, and note the move."""
-        self._transport(self.symmetries, tangents)
-        self.moves.append(list(zip(self.symmetries, tangents)))
+        moved = [(s, T) for s, T in zip(self.symmetries, tangents) if T.any()]
+        if moved:
+            self._transport(*zip(*moved))
+            self.moves.append(moved)
+            self.totals |= {s.name: self._total(s, T) for s, T in moved}
 
     def undo(self) -> None:
         """Move back to where the orbit was entered, the latest move first, keeping what was trained in between.
@@ -284,24 +288,31 @@ class Teleporter:
                 for s, T in zip(symmetries, tangents):
                     s.act_(self.parameters, T)
             self._transport(symmetries, tangents)
+        self.totals = {}
 
     def _within_total_bound(self, tangents):
         """The tangents, shortened where the factor since the start would leave [1/total_bound, total_bound]."""
         if self.action is not None:
             return tangents
-        limit, shortened = math.log(self.total_bound) + 1e-9, []
+        limit, shortened = math.log(self.total_bound), []
         for s, T in zip(self.symmetries, tangents):
-            past = [move for moves in self.moves for symmetry, move in moves if symmetry is s]
+            total = self._total(s, T)
             if s.kind == "rescale":
-                total = sum(past, torch.zeros_like(T))
-                shortened.append(torch.where((total + T).abs() <= limit, T, total.sign() * limit - total))
-                continue
-            total = torch.eye(s.shape[-1], dtype=torch.float64)
-            for move in past:
-                total = torch.linalg.matrix_exp(move) @ total
-            size = torch.linalg.svdvals(torch.linalg.matrix_exp(T) @ total).log().abs().amax(-1)
-            shortened.append(torch.where((size <= limit)[:, None, None], T, 0 * T))
+                rest = T.sign() * limit - (total - T)  # up to the bound; not a rounding error further
+                T = torch.where(total.abs() <= limit + 1e-9, T, torch.where(rest.abs() > 1e-9, rest, 0.0))
+            else:
+                size = torch.linalg.svdvals(total).log().abs().amax(-1)
+                T = torch.where((size <= limit + 1e-9)[:, None, None], T, 0.0)
+            shortened.append(T)
         return shortened
+
+    def _total(self, s, T):
+        """What all moves along a symmetry make, one by T included: of rescalings the tangent, else the matrices."""
+        past = self.totals.get(s.name)
+        if s.kind == "rescale":
+            return T if past is None else past + T
+        element = torch.linalg.matrix_exp(T)
+        return element if past is None else element @ past
 
     @torch.no_grad()
     def _move(self, tangents, hidden=None):

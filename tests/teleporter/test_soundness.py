@@ -77,37 +77,38 @@ class Mixing(nn.Module):
         return self.mixed(F.avg_pool3d(h, (2, 1, 1)).flatten(1)) + rest
 
 
-@pytest.mark.parametrize("when", ["constructor", "first step", "apply"])
+@pytest.mark.parametrize("when", ["constructor", "first step", "apply", "apply without inputs"])
 @pytest.mark.parametrize("kind", ["view", "tokens", "pool over channels", "floor"])
 def test_what_real_inputs_refute_is_left_alone_and_the_rest_moves(kind, when):
     model = Mixing(kind).double()
     x = torch.randn(5, *((6, 3) if kind == "tokens" else (2, 4, 4)), dtype=torch.float64)
     teleporter, loss_fn = Teleporter(model), cross_entropy(torch.randint(2, (5,)))
-    before, weights = model(x), copy.deepcopy(model.state_dict())
+    before = model(x)
     if when == "constructor":
         teleporter = Teleporter(model, inputs=x)
         teleporter.apply(teleporter.random_tangents())
     elif when == "first step":
         teleporter.step(x, loss_fn)
-    elif len(teleporter.symmetries) > 1:
-        with pytest.raises(RuntimeError, match="nothing was moved"):
-            teleporter.apply(teleporter.random_tangents(), inputs=x)
-        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-        teleporter.apply(teleporter.random_tangents(), inputs=x)
+    else:
+        teleporter.apply(teleporter.random_tangents(), inputs=x if when == "apply" else None)
     torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-10)
     assert any(s.name == "sound.0 -> sound.2" for s in teleporter.symmetries)
     # a followed run may show that all mixed channels can be scaled by one number
-    assert all(s.shape == (1,) and when == "constructor" for s in teleporter.symmetries if "mixed" in s.name)
+    assert all(
+        s.shape == (1,) and when in ("constructor", "first step") for s in teleporter.symmetries if "mixed" in s.name
+    )
 
 
 def test_a_symmetry_that_weights_of_zero_hide_is_refuted_all_the_same():
-    model = Mixing("view")
+    model, x = Mixing("view"), torch.randn(5, 2, 4, 4)
     nn.init.zeros_(model.mixed.weight)
-    teleporter = Teleporter(model)
+    before = copy.deepcopy(model.state_dict())
+    teleporter = Teleporter(model, ["auto", Pair("conv", "mixed")])
     with pytest.raises(RuntimeError, match="nothing was moved"):
-        teleporter.apply(teleporter.random_tangents(), inputs=torch.randn(5, 2, 4, 4))
+        teleporter.apply(teleporter.random_tangents(), inputs=x)
     assert [s.name for s in teleporter.symmetries] == ["sound.0 -> sound.2"]
-    assert "changed the output" in teleporter.left_alone["conv -> mixed"] and not model.mixed.weight.any()
+    assert "changed the output" in teleporter.left_alone["conv -> mixed"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def changes():
@@ -151,7 +152,7 @@ def test_outputs_are_checked_where_the_loss_is_too_small_to_tell():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_two_hundred_steps_stay_within_the_total_bound_and_undo_returns_bit_for_bit():
+def test_many_steps_stay_within_the_total_bound_and_undo_returns_bit_for_bit():
     model, x = mlp(6, 5, 4, 3), torch.randn(7, 6)
     loss_fn, before = cross_entropy(torch.randint(3, (7,))), copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
@@ -159,7 +160,7 @@ def test_two_hundred_steps_stay_within_the_total_bound_and_undo_returns_bit_for_
     optimizer.step()
     momentum = [optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()]
     teleporter = Teleporter(model, optimizer=optimizer, total_bound=16.0)
-    for _ in range(200):
+    for _ in range(30):
         assert teleporter.step(x, loss_fn).drift == 0
     ratio = (model[0].weight / before["0.weight"]).abs().log2()
     assert ratio.abs().max() == 4
