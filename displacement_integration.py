@@ -45,6 +45,7 @@ PUBLISHED = {
     ("circle", 10.0): {0.1: 0.598742718, 0.05: 0.629554482, 0.02: 0.635548583, 0.01: 0.6363539, 0.005: 0.6365508},
 }
 FLAT = 2 / math.pi  # the mean distance of a circle's points to a straight line through its centre, over the radius
+TURN = "Curvature first brings a shifted minimum near, then away: least {:.3f} r (parabola), {:.3f} r (circle)."
 
 
 @dataclass(frozen=True)
@@ -255,8 +256,7 @@ def summary(curve, kappa, r, value, error, step):
 
 
 def judge(outcome):
-    m = outcome.metrics
-    parabola, circle = m["parabola"], m["circle"]
+    parabola, circle = outcome.metrics["parabola"], outcome.metrics["circle"]
     depends = [abs(curve["smallest_value"] / FLAT - 1) > 0.01 for curve in (parabola, circle)]
     return Verdict(
         grade(all(depends), any(depends)),
@@ -268,8 +268,7 @@ def judge(outcome):
         f"{max(parabola['published_relative_error']):.0%}.",
         number=f"least {parabola['turn_value']:.3f} r at κr = {parabola['turn_at']:.2f}, {FLAT:.3f} r when straight",
         published=published_rows(outcome.arrays),
-        surprise=f"Curvature first brings the shifted minimum nearer, then drives it away: the least distance is "
-        f"{parabola['turn_value']:.3f} r for the parabola, {circle['turn_value']:.3f} r for the circle.",
+        surprise=TURN.format(parabola["turn_value"], circle["turn_value"]),
     )
 
 

@@ -262,7 +262,8 @@ def judge(outcome):
     ]
     limits = "not at the best learning rate" if all(saves) else "no epochs saved by one of the two"
     better = all(verdict(gain) == "better" for gain, _ in gains)
-    return Verdict(grade(all(saves) and better, any(saves)), limits, sentence, details)
+    number = f"GD's final loss {interval(gains[0][0], 3)} at best rates"
+    return Verdict(grade(all(saves) and better, any(saves)), limits, sentence, details, number)
 
 
 def at_best_rates(outcome, optimizer):

@@ -307,7 +307,8 @@ def judge(outcome):
         f"{loss['search']:.3f}; with {', '.join(f'{name} {loss[a]:.3f}' for a, name in CONTROLS.items())}."
     )
     limits = f"{listed(matched, ' and ')} do{'es' if len(matched) == 1 else ''} as well or better"
-    return Verdict(grade(gain and not matched, gain), limits if gain else "no faster", sentence, [*details(m)])
+    number = f"{loss['search']:.3f}; one random element {loss['random']:.3f}"
+    return Verdict(grade(gain and not matched, gain), limits if gain else "no faster", sentence, [*details(m)], number)
 
 
 def details(m):

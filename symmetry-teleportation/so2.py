@@ -252,6 +252,9 @@ def summary(result):
     return metrics
 
 
+RANDOM = "Teleports to random angles end at a loss of {:.1e}, the published ascent at {:.1e}."
+
+
 def judge(outcome):
     m = outcome.metrics
     final = {arm: median(m[arm]["final_loss"]) for arm in m}
@@ -268,10 +271,7 @@ def judge(outcome):
             f"random angle {m['gd_random']['speed_share']:.0%}. At the maximum the gradient is within "
             f"{m['gd_maximum']['degrees_from_newton']:.0e} degrees of Newton's direction. Largest drift {drift:.0e}."
         ],
-        surprise=""
-        if faster["gd_random"]
-        else f"Teleports to random angles end at a loss of {final['gd_random']:.1e}, the published ascent at "
-        f"{final['gd_published']:.1e}.",
+        surprise="" if faster["gd_random"] else RANDOM.format(final["gd_random"], final["gd_published"]),
     )
 
 
