@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common import ROOT, UserError
 from common.data import CIFAR_FILES, IDX_FILES, Dataset, load, md5
-from common.run import new_file
+from common.files import write
 
 _MNIST_URLS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
 _FASHION_URLS = (
@@ -75,8 +75,8 @@ def download(name: str, data_dir: str | Path | None = None, quiet: bool = False)
     if name == "CIFAR10":
         with tarfile.open(folder / _CIFAR_ARCHIVE) as archive:
             for file in CIFAR_FILES:
-                with new_file(folder / "cifar-10-batches-bin" / file) as target:
-                    target.write(archive.extractfile(f"cifar-10-batches-bin/{file}").read())
+                batch = f"cifar-10-batches-bin/{file}"
+                write({folder / batch: archive.extractfile(batch).read()})
         (folder / _CIFAR_ARCHIVE).unlink()
     return load(name, root)
 
