@@ -22,7 +22,7 @@ from scipy.stats import pearsonr
 
 from common import UserError, cli, plots
 from common.claims import Claim, Verdict, grade, listed, table
-from common.data import published_split
+from common.data import published_split, require
 from common.mlp import StackedMLP, initial_weights, published_seeds
 from common.run import Outcome
 from common.sharpness import Sharpness
@@ -142,6 +142,7 @@ def experiment(run):
     if settings.seeds < 4:
         raise UserError("a correlation with an interval needs at least 4 runs: use --seeds 4 or more")
     data = published_split(run.data())
+    require(data, train=settings.samples)
     seeds = published_seeds(settings.seeds)
     groups = {f"runs_{i + 1}": seeds[i : i + setup.group] for i in range(0, len(seeds), setup.group)}
 

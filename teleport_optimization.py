@@ -23,7 +23,7 @@ import torch
 from common import cli, plots, published, statistics
 from common.arms import Arm, Stack, draw_batches
 from common.claims import Claim, Verdict, grade, interval, listed, mean, table
-from common.data import published_split
+from common.data import published_split, require
 from common.losses import batch_loss
 from common.mlp import initial_weights, published_seeds
 from common.run import Outcome
@@ -111,6 +111,7 @@ def arms(s, lr):
 def experiment(run):
     s, data = run.settings, published_split(run.data())
     data = data._replace(x=data.x[: s.samples], y=data.y[: s.samples])
+    require(data, train=max(s.teleport_batch, s.teleports * s.batch))
     seeds = published_seeds(s.seeds)
     parts, _ = run.parts(lambda optimizer: train(run, optimizer, seeds, data), {o: o for o in s.optimizers})
     arrays = {f"{o}/{k}": v for o, part in parts.items() for k, v in part.items() if not k.startswith("seconds")}

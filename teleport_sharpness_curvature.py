@@ -32,9 +32,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import UserError, cli, plots, published, statistics
+from common import cli, plots, published, statistics
 from common.claims import Claim, Verdict, grade, interval, listed, table
-from common.data import published_split
+from common.data import published_split, require
 from common.mlp import StackedMLP, cross_entropy, initial_weights, published_seeds
 from common.run import Outcome
 from common.sharpness import Sharpness
@@ -136,9 +136,7 @@ PRESETS = {
 def experiment(run):
     s, data = run.settings, published_split(run.data())
     data = data._replace(x=data.x[: s.samples], y=data.y[: s.samples])
-    if s.teleport_batch > min(len(data.x), len(data.x_test)):
-        sizes = f"{len(data.x)} training and {len(data.x_test)} test samples"
-        raise UserError(f"a teleport batch of {s.teleport_batch} needs a larger dataset: {data.label} has {sizes} here")
+    require(data, train=s.teleport_batch, test=s.teleport_batch)
     seeds = published_seeds(s.seeds)
     lr = RATES.get(s.dataset, RATES["MNIST"])[0]
     dims = (data.features, *((32, 10, 10) if s.dataset == "CIFAR10" else (16, 10, 10)))

@@ -148,6 +148,15 @@ def published_split(data: Dataset) -> Dataset:
     return data._replace(x=data.x[keep], y=data.y[keep])
 
 
+def require(data: Dataset, train: int, test: int = 1) -> None:
+    """Raise UserError unless there are so many images to train and to test on: somebody's own data may have few."""
+    if len(data.x) < train or len(data.x_test) < test:
+        raise UserError(
+            f"{data.label}: {len(data.x)} training and {len(data.x_test)} test images are left to use, but at least "
+            f"{train} and {test} are needed: take a larger dataset, or the embedded --dataset mnist-mini"
+        )
+
+
 def locate(name: str, data_dir: str | Path | None = None) -> tuple[Path, list[str]]:
     """Find the folder that holds the dataset's files, and their names there, train before test.
 

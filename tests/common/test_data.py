@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_inside
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -253,6 +253,15 @@ def test_too_few_images_are_refused(mnist, split, n, words):
     (mnist / f"{split}-images-idx3-ubyte.gz").write_bytes(images(n))
     (mnist / f"{split}-labels-idx1-ubyte").write_bytes(idx(np.zeros(n)))
     refused("MNIST", mnist.parents[1], f"{split}-images-idx3-ubyte.gz", f"{n} images", words)
+
+
+@pytest.mark.parametrize("script", ["correlation.py", "teleport_optimization.py", "teleport_sharpness_curvature.py"])
+def test_scripts_say_when_the_images_are_too_few(mnist, tmp_path, script):
+    """Fewer than one of their batches: a line, where they would run without it and draw nothing, or fail."""
+    options = ("--preset", "tiny", "--dataset", "MNIST")
+    status, _, error = run_inside(script, *options, output=tmp_path, data_dir=mnist.parents[1])
+    assert status == 2 and error.startswith("error: MNIST-like, 30 images: 25 training and 20 test images"), error
+    assert error.count("\n") == 1
 
 
 def test_gzip_that_unpacks_without_end_is_refused(mnist, monkeypatch):
