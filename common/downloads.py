@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common import ROOT, UserError
 from common.data import CIFAR_FILES, IDX_FILES, Dataset, load, md5
-from common.files import write
+from common.files import lock, write
 
 _MNIST_URLS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
 _FASHION_URLS = (
@@ -89,20 +89,22 @@ def fetch(urls: list[str], path: Path, checksum: str, quiet: bool = False) -> No
     if path.is_file() and md5(path.read_bytes()).hexdigest() == checksum:
         return
     part, reasons = path.with_name(path.name + ".part"), []
-    with _open_part(part) as file:
-        complete = _checksum(file) == checksum  # what an interrupted run had no time to rename
-        for url in urls if not complete else ():
-            fault = _from_mirror(url, file, checksum, path.name, quiet)
-            if fault is None:
-                complete = True
-                break
-            reasons.append(f"{url}: {fault}")
-        came = _size(file)
-    if complete:
-        os.replace(part, path)
-        return
-    if not came:
-        part.unlink()
+    busy = f"{part} is being written by another download: wait for it, and run this again"
+    with lock(part.with_name(part.name + ".lock"), busy):
+        with _open_part(part) as file:
+            complete = _checksum(file) == checksum  # what an interrupted run had no time to rename
+            for url in urls if not complete else ():
+                fault = _from_mirror(url, file, checksum, path.name, quiet)
+                if fault is None:
+                    complete = True
+                    break
+                reasons.append(f"{url}: {fault}")
+            came = _size(file)
+        if complete:
+            os.replace(part, path)
+            return
+        if not came:
+            part.unlink()
     kept = f"run it again to continue ({came} bytes are kept), or " if came else ""
     reasons = "; ".join(reasons)
     raise UserError(f"could not download {path.name} ({reasons}): {kept}get it elsewhere and put it into {path.parent}")
@@ -195,21 +197,11 @@ def _extent(response: http.client.HTTPResponse, start: int) -> tuple[int, int | 
 
 
 def _open_part(part: Path) -> BinaryIO:
-    """Open for reading and writing, made if missing, for this process alone. A link there is removed, not followed."""
+    """Open for reading and writing, made if missing. A link there is removed, not followed."""
     if part.is_symlink():
         part.unlink()
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    file = os.fdopen(os.open(part, flags, 0o666), "r+b")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows does not let a second process replace an open file anyway
-        pass
-    except OSError:
-        file.close()
-        raise UserError(f"{part} is being written by another download: wait for it, and run this again") from None
-    return file
+    return os.fdopen(os.open(part, flags, 0o666), "r+b")
 
 
 def _size(file: BinaryIO) -> int:

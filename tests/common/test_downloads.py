@@ -288,7 +288,7 @@ def test_links_are_not_followed(server, tmp_path):
 
 
 def test_two_downloads_of_a_file_do_not_mix(server, tmp_path):
-    with downloads._open_part(tmp_path / "file.part"):
+    with downloads.lock(tmp_path / "file.part.lock", ""):
         with pytest.raises(UserError, match=r"file.part is being written by another download"):
             downloads.fetch([server.url(good)], tmp_path / "file", MD5, quiet=True)
     downloads.fetch([server.url(good)], tmp_path / "file", MD5, quiet=True)
