@@ -19,7 +19,7 @@ class Classes:
         self.size += [1] * n
         self.key += [key] * n
         self.plain += [True] * n
-        return torch.arange(first, first + n)
+        return torch.arange(first, first + n, device="cpu")
 
     def find(self, label):
         """(root, sign) of a label."""

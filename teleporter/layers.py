@@ -1,6 +1,7 @@
 """What the finder knows of single layers and operations: where they write and read, what keeps channels apart."""
 
 import re
+from functools import partial
 from typing import NamedTuple
 
 from torch import nn
@@ -15,29 +16,41 @@ def rows(x):
 
 
 def columns(start=0, size=None):
-    return lambda x: x.narrow(0, start, size or len(x)).movedim(1, 0).unsqueeze(0)
+    return partial(_columns, start, size)
+
+
+def _columns(start, size, x):
+    return x.narrow(0, start, size or len(x)).movedim(1, 0).unsqueeze(0)
 
 
 def flat_columns(size, channels_first):
     """Columns of a Linear that reads flattened (channels, positions), or (positions, channels)."""
-    if channels_first:
-        return lambda x: x.movedim(1, 0).unflatten(0, (size, -1)).unsqueeze(0)
-    return lambda x: x.movedim(1, 0).unflatten(0, (-1, size)).movedim(1, 0).unsqueeze(0)
+    return partial(_flat_columns, size, channels_first)
+
+
+def _flat_columns(size, channels_first, x):
+    x = x.movedim(1, 0)
+    return (x.unflatten(0, (size, -1)) if channels_first else x.unflatten(0, (-1, size)).movedim(1, 0)).unsqueeze(0)
 
 
 def grouped(groups):
     """A convolution's second weight dimension counts the channels of one group: (groups, size, out / groups, ...)."""
-    return lambda x: x.unflatten(0, (groups, -1)).movedim(2, 1)
+    return partial(_grouped, groups)
+
+
+def _grouped(groups, x):
+    return x.unflatten(0, (groups, -1)).movedim(2, 1)
 
 
 def split_dim(heads, d, start=0, size=None, dim=0):
     """(heads, d, heads that share this element, ...)"""
 
-    def view(x):
-        x = x.movedim(dim, 0)
-        return x.narrow(0, start, size or len(x)).unflatten(0, (heads, -1, d)).movedim(2, 1)
+    return partial(_split_dim, heads, d, start, size, dim)
 
-    return view
+
+def _split_dim(heads, d, start, size, dim, x):
+    x = x.movedim(dim, 0)
+    return x.narrow(0, start, size or len(x)).unflatten(0, (heads, -1, d)).movedim(2, 1)
 
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

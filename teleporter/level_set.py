@@ -39,6 +39,7 @@ def level_set_teleport(
         with torch.no_grad():
             for p, x in zip(W.values(), w.split([p.numel() for p in W.values()])):
                 p.copy_(x.view_as(p))
+        torch.clear_autocast_cache()
 
     def evaluate(w):
         assign(w)

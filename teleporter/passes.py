@@ -1,18 +1,36 @@
 """Forward passes that leave no trace, and gradients of what they return."""
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 
 
 def gradient(value, parameters, create_graph=False):
-    """{name: ∂value/∂parameter}, zero for parameters that value does not depend on."""
-    G = torch.autograd.grad(
-        value, list(parameters.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
-    return {name: g.to_dense() if g.is_sparse else g for name, g in zip(parameters, G)}
+    """{name: ∂value/∂parameter}, zero for parameters that value does not depend on; float32 for half precision."""
+    G = torch.autograd.grad(value, list(parameters.values()), create_graph=create_graph, allow_unused=True)
+    if any(g is None for g in G) and "CheckpointFunctionBackward" in _operations(value):
+        raise ValueError("reentrant checkpointing hides gradients of parameters: give checkpoint use_reentrant=False")
+    G = [torch.zeros_like(p) if g is None else g for g, p in zip(G, parameters.values())]
+    G = [g.to_dense() if g.is_sparse else g for g in G]
+    return {name: g.float() if g.dtype.itemsize < 4 else g for name, g in zip(parameters, G)}
+
+
+def _operations(value):
+    """Names of the operations that autograd would go back through."""
+    seen, todo = set(), [value.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [before for before, _ in node.next_functions]
+    return {node.name() for node in seen}
+
+
+def full_precision(x):
+    """Autocast leaves what happens in here to x's own dtype."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 @contextmanager
@@ -24,6 +42,7 @@ def undone_on_error(parameters):
         with torch.no_grad():
             for parameter, value in before:
                 parameter.copy_(value)
+        torch.clear_autocast_cache()
 
     try:
         yield undo

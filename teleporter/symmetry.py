@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from teleport import Activation
+from teleporter.passes import full_precision
 
 
 class Slot(NamedTuple):
@@ -93,7 +94,8 @@ class Symmetry(NamedTuple):
                 continue
             x = tensors[slot.name]
             wide = x.float() if x.dtype.itemsize < 4 else x  # half precision rounds once, at the end
-            slot.act_(wide, (dual if slot.reads else M).to(wide))
+            with full_precision(x):
+                slot.act_(wide, (dual if slot.reads else M).to(wide))
             if wide is not x:
                 x.copy_(wide)
 
@@ -104,7 +106,8 @@ class Symmetry(NamedTuple):
             c, x = (tensors[slot.name].detach() for tensors in (covectors, vectors))
             c, x = (y.float() if y.dtype.itemsize < 4 else y for y in (c, x))
             c, x = (-x, c) if slot.reads else (c, x)
-            found = slot.product(c, x, self.kind != "rescale").cpu()
+            with full_precision(x):
+                found = slot.product(c, x, self.kind != "rescale").cpu()
             total[: len(found)] += found  # Entries end with the last one that they scale
         return total
 

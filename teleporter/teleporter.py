@@ -11,11 +11,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from teleport import Teleportation, postactivation_action, preactivation_action
 from teleporter import listing
 from teleporter.finder import Finder, exact_candidates
+from teleporter.hidden import act_on_hidden, pull_back
 from teleporter.low_rank import LowRankRotation
 from teleporter.passes import gradient, kept_buffers, recorded_inputs, same_randomness, undone_on_error
 from teleporter.state import checked, copies, notes, resolve_unknown, transport
 from teleporter.symmetry import Attention, Pair
-from teleporter.verify import called, difference, fingerprint, refuted, relative_change, tensors_of
+from teleporter.verify import (
+    called,
+    difference,
+    fingerprint,
+    precision,
+    refuse_distributed,
+    refuted,
+    relative_change,
+    tensors_of,
+)
 
 _ACTIONS = {"preactivation": preactivation_action, "postactivation": postactivation_action}
 _HALVINGS = 10
@@ -69,6 +79,7 @@ class Teleporter:
             self.low_rank = LowRankRotation(model, optimizer, averaged=averaged, inputs=inputs)
             self.symmetries, self.left_alone = [], self.low_rank.left_alone
             return
+        refuse_distributed(model)
         if not 1 < bound < math.inf:
             raise ValueError(f"bound must be a finite factor above 1, got {bound}")
         if not bound <= total_bound < math.inf:
@@ -135,7 +146,9 @@ class Teleporter:
         return {slot.name: self.parameters[slot.name] for s in self.symmetries for slot in s.slots}
 
     def _notes(self):
-        return notes(self._moving(), checked(self.optimizer, {}), self.symmetries)
+        halves = sorted({p.dtype for p in self._moving().values() if p.dtype.itemsize < 4}, key=str)
+        rounded = [f"weights in {d} round at every move, by up to {torch.finfo(d).eps / 2:.2g} of each" for d in halves]
+        return rounded + notes(self._moving(), checked(self.optimizer, {}), self.symmetries)
 
     def _followers(self):
         """What moves with the parameters: optimizers and averaged copies. ValueError if one of them cannot."""
@@ -147,6 +160,7 @@ class Teleporter:
 
     def _transport(self, symmetries, tangents):
         transport(self.parameters, *self._followers(), symmetries, tangents, self.on_unknown_state)
+        torch.clear_autocast_cache()  # of what the caller casts next
 
     def _verify(self, inputs, search=False):
         """Check that nothing changed since the model was searched and, once, try every symmetry on these inputs.
@@ -201,9 +215,10 @@ class Teleporter:
             for _ in range(1 + _HALVINGS):
                 if self._move(tangents, hidden):
                     loss_after, value_after = self._evaluate(inputs, watched)
-                    kept = abs(loss_after - loss) <= self.tolerance * (1 + abs(loss))
+                    allowed = self._allowed(outputs[0])
+                    kept = abs(loss_after - loss) <= allowed * (1 + abs(loss))
                     change = 0.0 if self.action is not None else relative_change(outputs[0], outputs[-1])
-                    kept = kept and change <= self.tolerance
+                    kept = kept and change <= allowed
                     if kept and self.sign * (value_after - value) >= 0:
                         break
                     if self.action is None and not kept:
@@ -223,7 +238,7 @@ class Teleporter:
     def random_tangents(self, generator=None) -> list:
         """Tangents as long as those of `step` in a random direction: `apply` them for a control."""
         self._refuse_rotations()
-        random = (torch.randn(s.shape, generator=generator, dtype=torch.float64) for s in self.symmetries)
+        random = (torch.randn(s.shape, generator=generator, dtype=torch.float64, device="cpu") for s in self.symmetries)
         return [s.steepest(D) * math.log(self.bound) for s, D in zip(self.symmetries, random)]
 
     def apply(self, tangents: list, inputs=None) -> None:
@@ -251,9 +266,21 @@ class Teleporter:
             before = self._output(inputs)
             self._move(tangents)
             change = relative_change(before, self._output(inputs))
-            if change > self.tolerance:
+            if change > self._allowed(before):
                 raise RuntimeError(f"moving changed the output by {change:.2g} of its size and was undone")
         self._remember(tangents)
+
+    def _allowed(self, outputs):
+        """The relative change of the output that counts as none: tolerance, or the rounding of half precision."""
+        return max(self.tolerance, 16 * precision([*self.parameters.values(), *outputs]))
+
+    def __getstate__(self):
+        return vars(self) | {"fingerprint": None}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        if self.low_rank is None:
+            self.fingerprint = fingerprint(self.model)
 
     def _refuse_rotations(self):
         if self.low_rank is not None:
@@ -322,7 +349,7 @@ class Teleporter:
                 s.act_(self.parameters, T)
             return True
         try:
-            moved = self._act_on_hidden(tangents, hidden)
+            moved = act_on_hidden(self.action, self.symmetries, self.parameters, tangents, hidden)
         except ValueError:  # a post-activation step left the range of its activation
             return False
         for name, W in moved.items():
@@ -351,30 +378,9 @@ class Teleporter:
             tangents = [s.derivative({n: -2 * g for n, g in G.items()}, G) for s in self.symmetries]
         else:
             C = gradient(value, W)
-            by_action = self.action is not None
-            tangents = self._pull_back(C, hidden) if by_action else [s.derivative(C, W) for s in self.symmetries]
+            if self.action is not None:
+                tangents = pull_back(self.action, self.symmetries, W, C, hidden)
+            else:
+                tangents = [s.derivative(C, W) for s in self.symmetries]
         tangents = [self.sign * math.log(self.bound) * s.steepest(D) for s, D in zip(self.symmetries, tangents)]
         return loss.detach(), value.detach(), tangents, hidden
-
-    def _act_on_hidden(self, tangents, hidden):
-        """{name: tensor} moved by g = exp(T), layer after layer; each sees its true, already transformed input."""
-        W = {slot.name: self.parameters[slot.name].detach() for s in self.symmetries for slot in s.slots}
-        hidden = dict(hidden)
-        for s, T in zip(self.symmetries, tangents):
-            U, V, b = f"{s.U}.weight", f"{s.V}.weight", f"{s.V}.bias"
-            h, A = hidden[s.V], W[V]
-            if b in W:  # one more column of V, one more row of ones in h
-                h, A = torch.cat([h, torch.ones_like(h[:1])]), torch.cat([A, W[b].unsqueeze(1)], 1)
-            W[U], A = self.action(W[U], A, h, torch.linalg.matrix_exp(T.to(A)), s.activation)
-            hidden[s.U] = s.activation.f(A @ h)
-            W[V] = A[:, : W[V].shape[1]]
-            if b in W:
-                W[b] = A[:, -1]
-        return W
-
-    def _pull_back(self, C, hidden):
-        """∂objective/∂T at T = 0 through the data-dependent actions, from C = ∂objective/∂W."""
-        tangents = [torch.zeros(s.shape, dtype=torch.float64, requires_grad=True) for s in self.symmetries]
-        moved = self._act_on_hidden(tangents, hidden)
-        moved = {name: x for name, x in moved.items() if x.requires_grad}  # not the last layer's bias
-        return torch.autograd.grad(list(moved.values()), tangents, [C[name] for name in moved])

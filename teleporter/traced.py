@@ -161,7 +161,7 @@ def _rows(name, reads, pair, groups):
         if len(along) != 1 or len({len(places) for group in table for places in group}) != 1:
             yield None
         else:
-            yield Rows(name, reads, along[0], torch.tensor(table))
+            yield Rows(name, reads, along[0], torch.tensor(table, device="cpu"))
 
 
 def _entries(name, reads, pair, roots):
@@ -169,6 +169,6 @@ def _entries(name, reads, pair, roots):
     for x in _standing(name, reads, pair):
         known, back = torch.unique(x, return_inverse=True)
         numbers = dict(zip(roots, range(len(roots))))
-        index = torch.tensor([numbers.get(root, -1) for root in known.tolist()])[back.cpu()].view(x.shape)
+        index = torch.tensor([numbers.get(root, -1) for root in known.tolist()], device="cpu")[back.cpu()].view(x.shape)
         if (index >= 0).any():
             yield Entries(name, reads, index)

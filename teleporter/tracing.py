@@ -120,7 +120,7 @@ class Tracer(TorchDispatchMode):
     def of(self, x):
         """Labels of an argument: tensor (None: FIXED everywhere), parameter, number."""
         if not isinstance(x, Tensor):
-            return torch.tensor(ANY if x == 0 or x in (float("inf"), float("-inf")) else FIXED)
+            return torch.tensor(ANY if x == 0 or x in (float("inf"), float("-inf")) else FIXED, device="cpu")
         if x in self.tags:
             return self.written(*self.tags[x])
         if x in self.labels:

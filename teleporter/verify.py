@@ -8,11 +8,31 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from teleporter.passes import kept_attributes, same_randomness
 
-_TRIAL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+
+def precision(tensors):
+    """The coarsest ε at work: that of these tensors, or of autocast."""
+    dtypes = {x.dtype for x in tensors if x.is_floating_point()}
+    devices = {x.device.type for x in tensors} - {"meta"}
+    dtypes |= {torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+
+
+def refuse_distributed(model):
+    """ValueError for a model whose parameters live on several processes, which would move each its own way."""
+    for m in model.modules():
+        if type(m).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise ValueError(
+                f"model is a {type(m).__name__}, whose processes would move differently: teleport before wrapping it, "
+                "or give each process its module, the same tangents and apply"
+            )
+    sharded = [name for name, p in model.named_parameters() if hasattr(p, "device_mesh")]
+    if sharded:
+        raise ValueError(f"{sharded[0]} is sharded (DTensor), and no process has all of it: teleport before sharding")
 
 
 def called(model, inputs):
     """model(inputs): a tensor, a tuple of positional or a dict of keyword arguments."""
+    torch.clear_autocast_cache()  # autocast keeps casts of weights, and does not notice that they moved
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
@@ -40,12 +60,12 @@ def _disturbed(model, dtype):
     """The model with other weights: a layer that starts at zero would hide what reads it. dtype: None keeps its own."""
     parameters = {id(p): p for p in model.parameters()}.values()
     before = [(t, t.data) for t in [*parameters, *model.buffers()] if t.is_floating_point()]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     try:
         for t, data in before:
             t.data = data.to(dtype or data.dtype, copy=True)
             if isinstance(t, nn.Parameter) and not t.is_meta:
-                noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
+                noise = torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu")
                 t.data += (0.1 * (data.abs().mean() + 0.1) * noise.to(data.device)).to(t.dtype)
         yield
     finally:
@@ -68,10 +88,10 @@ def refuted(model, parameters, symmetries, inputs):
 
 
 def _tried(model, parameters, symmetries, inputs, dtype):
-    generator = torch.Generator().manual_seed(1)
-    random = [2 * torch.rand(s.shape, generator=generator, dtype=torch.float64) - 1 for s in symmetries]
+    options = {"generator": torch.Generator("cpu").manual_seed(1), "dtype": torch.float64, "device": "cpu"}
+    random = [2 * torch.rand(s.shape, **options) - 1 for s in symmetries]
     random = [T if s.kind == "rescale" else T / s.shape[-1] for s, T in zip(symmetries, random)]
-    tolerance = _TRIAL_TOLERANCE[dtype or next(iter(parameters.values())).dtype]
+    tolerance = 1e-8 if dtype else max(1e-3, 16 * precision(parameters.values()))
 
     def output():
         with same_randomness(model), kept_attributes(model):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleporter import Attention, Pair, Teleporter, level_set_teleport
+from teleporter.hidden import pull_back
 
 few = settings(max_examples=15, deadline=None, derandomize=True)
 FLOATS = st.sampled_from([torch.float64, torch.float32])
@@ -596,7 +597,7 @@ def test_data_dependent_actions(kind, activation):
     W = dict(model.named_parameters())
     C = torch.autograd.grad(hessian_norm(loss_fn(model(x)), W), list(W.values()), materialize_grads=True)
     C = dict(zip(W, C))
-    slope = sum((D * t).sum() for D, t in zip(teleporter._pull_back(C, hidden), T))
+    slope = sum((D * t).sum() for D, t in zip(pull_back(teleporter.action, teleporter.symmetries, W, C, hidden), T))
     torch.testing.assert_close((values[0] - values[1]) / 2e-5, slope, rtol=1e-5, atol=1e-9)
     moved = teleporter.step(x, loss_fn)
     assert moved.objective_after > moved.objective_before and moved.drift.abs() < 1e-9
