@@ -159,9 +159,14 @@ def total(records):
     memory = [record["peak_memory_bytes"] for record in records if record.get("peak_memory_bytes")]
     where = "" if len(memory) == len(records) else f" (of {len(memory)} of {len(records)} results)"
     return (
-        f"{duration(sum(record['elapsed_seconds'] * record.get('ranks', 1) for record in records))} of computing on "
+        f"{duration(sum(record['elapsed_seconds'] * processes(record) for record in records))} of computing on "
         f"{machines}" + (f", at most {max(memory) / 2**30:.1f} GiB of memory{where}" if memory else "")
     )
+
+
+def processes(record):
+    """How many shared the work, on one machine (jobs) or several (ranks)."""
+    return record.get("ranks", 1) * record.get("jobs", 1)
 
 
 def title(section):
@@ -178,8 +183,8 @@ def describe(result, root):
     settings = {k: v for k, v in record["configuration"]["settings"].items() if k != "dataset"}
     pictures = [p for p in sorted((root / "figures").glob(f"{result.name}*.png")) if mine(p, result, root)]
     hashes = record["dataset"]["sha256"]
-    ranks = f"{record['ranks']} ranks of " if record.get("ranks", 1) > 1 else ""
-    where = f"{record['device']}, {ranks}{record['threads']} thread(s), torch {record['versions']['torch']}"
+    share = f"{processes(record)} processes of " if processes(record) > 1 else ""
+    where = f"{record['device']}, {share}{record['threads']} thread(s), torch {record['versions']['torch']}"
     return [
         f"### {result.label}",
         "",

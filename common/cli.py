@@ -29,6 +29,7 @@ Results go to results/ (preset `paper`) or results/<preset>/, figures to figures
 import argparse
 import contextlib
 import errno
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from common import ROOT, UserError, plots, ranks, terminal
+from common import ROOT, UserError, jobs, plots, ranks, terminal
 from common import data as datasets
 from common.files import relative, whole
 from common.run import Outcome, Run
@@ -80,7 +81,8 @@ def guard(function: Callable[[], None]) -> None:
         finally:
             sys.stdout.flush()
     except UserError as error:
-        sys.exit(_complain(error))
+        _complain(error)
+        sys.exit(error.status)
     except BrokenPipeError:  # whoever read the output has had enough
         terminal.forget_output()
         sys.exit(1)
@@ -101,6 +103,7 @@ def guard(function: Callable[[], None]) -> None:
 def _main(name, description, presets, experiment, plot, report, judge, own_options, links, argv) -> None:  # noqa: ANN001
     start = time.perf_counter()
     options = _parser(description, presets, own_options).parse_args(argv)
+    _settle(options.threads)
     output = options.output or ROOT
     subfolder = "" if options.preset == "paper" else options.preset
     outcomes = []
@@ -161,6 +164,7 @@ def _runs(name: str, settings: Any, own_options: dict, options: argparse.Namespa
             data_dir=options.data_dir,
             quiet=options.quiet or ranks.RANK > 0,
             fresh=options.fresh,
+            jobs=_jobs(options.jobs),
         )
         for dataset in chosen
     ]
@@ -190,6 +194,8 @@ def _parser(description: str, presets: dict, own_options: dict) -> Parser:
         parser.add_argument("--seeds", type=_positive, help="number of seeds (default: the preset's)")
     for name, choices in own_options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", choices=choices, help="default: the preset's")
+    parser.add_argument("--threads", type=_positive, help="of one process (default: OMP_NUM_THREADS, or 1)")
+    parser.add_argument("--jobs", type=_positive, help="processes that share the work (default: one for each core)")
     parser.add_argument("--replot", action="store_true", help="draw saved results again, compute nothing")
     parser.add_argument("--fresh", action="store_true", help="start over: discard saved results of this preset")
     parser.add_argument("--output", type=Path, help="where figures/ and results/ go (default: the repository)")
@@ -211,6 +217,24 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda", ranks.LOCAL_RANK % torch.cuda.device_count())
 
 
+def _settle(threads: int | None) -> None:
+    """Settle all that the environment could change in the numbers.
+
+    One thread, unless told otherwise: these matrices are small, and beside other work their threads would mostly wait
+    for each other. More cores are used by more processes.
+    """
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    if threads or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or 1)
+
+
+def _jobs(wanted: int | None) -> int:
+    if (wanted or 1) > 1 and not jobs.possible():
+        raise UserError("--jobs needs --threads 1, Linux, no GPU and no ranks: use --jobs 1, or --threads, or torchrun")
+    return wanted or jobs.cores()
+
+
 def _present(data_dir: Path | None) -> list[str]:
     """The full-size datasets found in data_dir; those that are missing are named on stderr."""
     present, errors = [], []
@@ -227,7 +251,6 @@ def _present(data_dir: Path | None) -> list[str]:
     return present
 
 
-def _complain(error: object) -> int:
+def _complain(error: object) -> None:
     if ranks.RANK == 0:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2

@@ -6,7 +6,8 @@
 
 One JSON and one NPZ per experiment. Arrays are deterministic; everything that a clock measured goes to the JSON, under
 "timings". A finished part is kept in <name>.parts/ until the experiment is complete, so that an interrupted run
-continues. Under torchrun the ranks divide the parts among themselves (common/ranks.py) and rank 0 writes the results.
+continues. Processes divide the parts among themselves (common/jobs.py), and under torchrun ranks do (common/ranks.py;
+rank 0 writes the results).
 JSON knows neither NaN nor infinity: both are written as null and read back, everywhere, as NaN.
 """
 
@@ -14,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -29,7 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import ROOT, UserError, ranks
+from common import ROOT, UserError, jobs, ranks
 from common import data as datasets
 from common.files import load_npz, lock, npz, read_json, relative, save_npz, write, write_text
 
@@ -56,6 +58,8 @@ class Run:
     data_dir: Path | None = None
     quiet: bool = False
     fresh: bool = False
+    jobs: int = 1  # processes that may share the parts
+    processes: int = 1  # that did
     computed: bool = False  # False: the results were on disk
     files: dict = field(default_factory=dict)  # dataset files read -> SHA-256
     _data: dict = field(default_factory=dict)
@@ -83,15 +87,21 @@ class Run:
         function returns a dict of arrays (or numbers). Each finished part is saved at once; a rerun of the same
         configuration computes only the missing ones, and one whose file is damaged.
         """
-        results, keys = {}, list(arguments)
-        for key in self.progress(keys[ranks.RANK :: ranks.WORLD], desc=self.name, unit="part"):
-            path = self._parts / f"{key}.npz"
-            results[key] = self._finished(path)
-            if results[key] is None:
-                start = time.perf_counter()
-                arrays = {k: to_array(v) for k, v in function(arguments[key]).items()}
-                save_npz(path, {**arrays, "_seconds": np.float64(time.perf_counter() - start)})
-                results[key] = load_npz(path)  # a resumed run sees the same types
+        keys = list(arguments)
+        mine = keys[ranks.RANK :: ranks.WORLD]
+        results = {key: self._finished(self._part(key)) for key in mine}
+        missing = [key for key in mine if results[key] is None]
+
+        def compute(key: str) -> None:
+            self.quiet = self.quiet or multiprocessing.parent_process() is not None  # a bar is enough
+            start = time.perf_counter()
+            arrays = {k: to_array(v) for k, v in function(arguments[key]).items()}
+            save_npz(self._part(key), {**arrays, "_seconds": np.float64(time.perf_counter() - start)})
+
+        self.processes = max(self.processes, min(self.jobs, len(missing)))
+        done = jobs.each(compute, missing, self.jobs)
+        for key in self.progress(done, desc=self.name, unit="part", total=len(mine), initial=len(mine) - len(missing)):
+            results[key] = load_npz(self._part(key))  # a resumed run sees the same types
         for theirs in ranks.gather(results):
             results.update(theirs)
         seconds = {key: float(results[key].pop("_seconds")) for key in keys}
@@ -104,6 +114,9 @@ class Run:
             self._resumed[path.stem] = float(arrays["_seconds"])
         return arrays
 
+    def _part(self, key: str) -> Path:
+        return self._parts / f"{key}.npz"
+
     def save_checkpoint(self, key: str, arrays: dict) -> None:
         """Keep what part `key` has so far, should it be interrupted (not compressed: not for long)."""
         save_npz(self._parts / f"{key}.checkpoint.npz", arrays, np.savez)
@@ -112,12 +125,19 @@ class Run:
         """What save_checkpoint(key) kept last, or None."""
         return _undamaged(self._parts / f"{key}.checkpoint.npz")
 
-    def alone(self) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
         """A context in which no other process runs this experiment. Raises UserError if one does."""
         if ranks.RANK > 0:
-            return contextlib.nullcontext()
-        path = self.folder / f"{self.name}.lock"
-        return lock(path, f"{self.name} is running already, and writes to {relative(self.folder)}: wait for its end")
+            yield
+            return
+        message = f"{self.name} is running already, and writes to {relative(self.folder)}: wait for its end"
+        with lock(self.folder / f"{self.name}.lock", message):
+            try:
+                yield
+            finally:  # what a process that was killed did not finish writing
+                for leftover in (*self.folder.glob(f".{self.name}.*.tmp"), *self._parts.glob(".*.tmp")):
+                    leftover.unlink(missing_ok=True)
 
     @property
     def _parts(self) -> Path:
@@ -130,7 +150,7 @@ class Run:
     def open_parts(self) -> None:
         """Make the folder of finished parts, or check that the one there belongs to this configuration."""
         manifest = self._parts / "configuration.json"
-        configuration = {**self.configuration(), "files": self.files}
+        configuration = {**self.configuration(), "files": self.files, "threads": torch.get_num_threads()}
         if ranks.LOCAL_RANK == 0:
             if self._parts.is_symlink():
                 raise UserError(f"{relative(self._parts)} is a link, which is not followed: remove it")
@@ -188,6 +208,7 @@ class Run:
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "ranks": ranks.WORLD,
+            "jobs": self.processes,
             "elapsed_seconds": seconds + sum(self._resumed.values()),
             "peak_memory_bytes": _peak_memory(),
             "git_commit": _git_commit(),
@@ -302,12 +323,13 @@ def device_name(device: torch.device) -> str:
 
 
 def _peak_memory() -> int | None:
-    """The most memory that this process has held, in bytes; None where the system does not say (Windows)."""
+    """The most memory that a process of this run has held, in bytes; None where the system does not say (Windows)."""
     try:
         import resource
     except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return most * (1 if sys.platform == "darwin" else 1024)
 
 
 def _git_commit() -> str | None:
