@@ -211,7 +211,7 @@ class Teleporter:
 
         with torch.enable_grad(), kept_buffers(self.model), undone_on_error(moving) as undo:
             loss, value, tangents, hidden = self._evaluate(inputs, watched, derivative=True)
-            tangents = self._within_total_bound(tangents)
+            tangents = self._within_total_bound(tangents, self._allowed([]))
             for _ in range(1 + _HALVINGS):
                 if self._move(tangents, hidden):
                     loss_after, value_after = self._evaluate(inputs, watched)
@@ -317,11 +317,16 @@ class Teleporter:
             self._transport(symmetries, tangents)
         self.totals = {}
 
-    def _within_total_bound(self, tangents):
-        """The tangents, shortened where the factor since the start would leave [1/total_bound, total_bound]."""
+    def _within_total_bound(self, tangents, allowed=math.inf):
+        """The tangents, shortened where the factor since the start would leave [1/total_bound, total_bound].
+
+        allowed: the rounding allowed. A matrix of singular values up to k and its inverse round by about k² ε.
+        """
         if self.action is not None:
             return tangents
         limit, shortened = math.log(self.total_bound), []
+        rounding = math.log(allowed / (16 * precision(self.parameters.values()))) / 2
+        mixing = min(limit, max(rounding, math.log(self.bound)))
         for s, T in zip(self.symmetries, tangents):
             total = self._total(s, T)
             if s.kind == "rescale":
@@ -329,7 +334,7 @@ class Teleporter:
                 T = torch.where(total.abs() <= limit + 1e-9, T, torch.where(rest.abs() > 1e-9, rest, 0.0))
             else:
                 size = torch.linalg.svdvals(total).log().abs().amax(-1)
-                T = torch.where((size <= limit + 1e-9)[:, None, None], T, 0.0)
+                T = torch.where((size <= mixing + 1e-9)[:, None, None], T, 0.0)
             shortened.append(T)
         return shortened
 

@@ -183,6 +183,15 @@ def test_attention_stays_within_the_total_bound():
         torch.testing.assert_close(p.detach(), s, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_stops_where_float32_could_not_undo_it():
+    model, x = nn.MultiheadAttention(4, 2, batch_first=True), torch.randn(3, 5, 4)
+    teleporter = Teleporter(model, inputs=(x, x, x))
+    before = model(x, x, x)[0]
+    for _ in range(25):  # with total_bound alone, 2^20, the output is off by a multiple of the tolerance long before
+        teleporter.step((x, x, x), lambda output: output[0].square().sum())
+    torch.testing.assert_close(model(x, x, x)[0], before, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("bound", [1.5, float("inf"), float("nan")])
 def test_a_total_bound_below_the_bound_is_refused(bound):
     with pytest.raises(ValueError, match="total_bound"):
