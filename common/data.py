@@ -171,18 +171,20 @@ def locate(name: str, data_dir: str | Path | None = None) -> tuple[Path, list[st
         folders = [root / "cifar-10-batches-bin", root / "CIFAR10" / "cifar-10-batches-bin", root / "CIFAR10", root]
     else:
         wanted, folders = IDX_FILES, [root / name / "raw", root / name]
-    incomplete = None
+    problem = None
     for folder in folders:
         found = [next((f for f in _spellings(w) if (folder / f).is_file()), None) for w in wanted]
         if all(found):
             return folder, found
-        if any(found) and not incomplete:
+        if any(found) and not problem:
             missing = ", ".join(w for w, f in zip(wanted, found) if f is None)
-            incomplete = f"{folder} is incomplete: {missing} missing (looked for it as it is, gzipped and with dots)"
+            problem = f"{folder} is incomplete: {missing} missing (looked for it as it is, gzipped and with dots)"
     if name == "mnist-mini":
-        raise UserError(f"{incomplete or f'the embedded dataset is missing from {folders[0]}'}: {_advice(name)}")
+        raise UserError(f"{problem or f'the embedded dataset is missing from {folders[0]}'}: {_advice(name)}")
+    if name == "CIFAR10" and not problem and (root / "cifar-10-batches-py").exists():
+        problem = f"{root / 'cifar-10-batches-py'} is the pickled version of CIFAR-10, expected the binary one"
     raise UserError(
-        f"{incomplete or f'dataset {name} not found in {root}'}: run `python init_directory.py --download {name}`, or "
+        f"{problem or f'dataset {name} not found in {root}'}: run `python init_directory.py --download {name}`, or "
         f"put its files into {folders[0]}, or use the embedded --dataset mnist-mini"
     )
 

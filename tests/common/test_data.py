@@ -296,6 +296,12 @@ def test_missing_dataset_says_what_to_do(tmp_path):
         data.load("SVHN", tmp_path)
 
 
+def test_the_pickled_cifar_is_not_read(tmp_path):
+    """What torchvision leaves behind: it is there, and yet cannot be used."""
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    refused("CIFAR10", tmp_path, f"{tmp_path / 'cifar-10-batches-py'} is the pickled version", "the binary one")
+
+
 def test_a_complete_folder_counts_before_an_incomplete_one(mnist):
     """A stray file in MNIST/raw does not hide the dataset in MNIST/."""
     for file in mnist.iterdir():
