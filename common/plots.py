@@ -70,6 +70,14 @@ def band(ax: plt.Axes, x: Sequence, y: np.ndarray, label: str | None = None, i: 
     return line
 
 
+def log_band(ax: plt.Axes, x: Sequence, y: np.ndarray, label: str, i: int) -> None:
+    """Geometric mean of y (runs, points) ×/÷ one standard deviation: an arithmetic band would reach below zero."""
+    y = np.log(np.asarray(y, float))
+    mean, spread = y.mean(0), y.std(0, ddof=1) if len(y) > 1 else 0
+    (line,) = ax.plot(x, np.exp(mean), label=label, **style(i))
+    ax.fill_between(x, np.exp(mean - spread), np.exp(mean + spread), color=line.get_color(), alpha=0.15, linewidth=0)
+
+
 class _FewDecades(matplotlib.ticker.MaxNLocator):
     """Ticks at 1, 2 and 5 times powers of ten, evenly spaced ones where these would be fewer than three."""
 

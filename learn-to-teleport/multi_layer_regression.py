@@ -26,7 +26,7 @@ with the lowest loss in meta-training. Those of the update kind train one by one
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -82,7 +82,7 @@ PARTS = {
 }
 CLAMP = "GD, rates of the clamp"
 GD_ARMS = ("GD", CLAMP, "GD, best rate")
-FIGURE = ("GD", "LSTM(lr, teleport)", "LSTM(update)", "LSTM(update, teleport)", CLAMP)
+FIGURE = ("GD", "LSTM(lr, teleport)", "LSTM(update)", "LSTM(update, teleport)")
 PUBLISHED = 5  # held-out problems in the paper
 
 
@@ -110,25 +110,13 @@ class Settings:
 
 
 NAME = "learn_to_teleport"  # of results and figures: another script has this one's name
+PAPER = Settings()
+SMALL = dict(seeds=8, steps=5, meta_seeds=2, lr_runs=3, lr_steps=12, update_runs=4, update_teleport_runs=4)
+SMALL |= dict(update_steps=12, unroll=5, width=8, lr_hidden=4, update_hidden=8, sweep=(1e-3, 5e-3), save_every=2)
 PRESETS = {
-    "tiny": Settings(
-        seeds=8,
-        steps=5,
-        meta_seeds=2,
-        lr_runs=3,
-        lr_steps=12,
-        update_runs=4,
-        update_teleport_runs=4,
-        update_steps=12,
-        unroll=5,
-        width=8,
-        lr_hidden=4,
-        update_hidden=8,
-        sweep=(1e-3, 5e-3),
-        save_every=2,
-    ),
-    "quick": Settings(meta_seeds=3, update_runs=40, update_teleport_runs=40),  # learned updates need about 300
-    "paper": Settings(),
+    "tiny": replace(PAPER, **SMALL),
+    "quick": replace(PAPER, meta_seeds=3, update_runs=40, update_teleport_runs=40),  # learned updates need about 300
+    "paper": PAPER,
 }
 
 
@@ -277,7 +265,11 @@ def milestones(s):
     return sorted({t for t in (0, 1, 2, 10, 29) if t < s.steps} | {s.steps})
 
 
+STILL = {"LSTM(lr, teleport)": "LSTM(lr)", "LSTM(update, teleport)": "LSTM(update)"}  # the same without an element
+
+
 def judge(outcome):
+<<<<<<< HEAD
     m, arms = outcome.metrics, {"LSTM(lr, teleport)": "LSTM(lr)", "LSTM(update, teleport)": "LSTM(update)"}
     beat = [m[arm]["verdict"] == "better" for arm in arms]
     add = [m[arm]["ratio_to_no_element"][2] < 1 for arm in arms]
@@ -304,11 +296,37 @@ def against_gradient_descent(arm, values):
         f"{values['meta_seeds']} meta-seeds {values['meta_seeds_better_than_GD']} beat GD, the best in meta-training "
         f"is shown."
     )
+=======
+    m, s = outcome.metrics, outcome.settings
+    beat = [m[arm]["verdict"] == "better" for arm in STILL]
+    add = [m[arm]["ratio_to_no_element"][2] < 1 for arm in STILL]
+    pairs = (
+        f"{a} {m[a]['ratio_to_GD'][0]:.3f}, without teleport {m[b]['ratio_to_GD'][0]:.3f}" for a, b in STILL.items()
+    )
+    sentence = (
+        f"Loss after {s.steps} steps over gradient descent's: {'; '.join(pairs)}; gradient descent at the learned "
+        f"rate's upper limit, with nothing learned, {m[CLAMP]['ratio_to_GD'][0]:.3f}."
+    )
+    limits = "no better than without the teleport" if all(beat) else "no better than gradient descent"
+    details = [detail(arm, v) for arm, v in m.items() if arm != "GD"]
+    number = f"loss with / without teleport {factor(m['LSTM(update, teleport)']['ratio_to_no_element'])}"
+    return Verdict(grade(all(beat) and all(add), all(beat)), limits, sentence, details, number)
+>>>>>>> c5acf28 (Draw Figure 6 as the paper does and the learned rates apart; one geometric band, one deciding number each)
+
+
+def detail(arm, m):
+    drift = m.get("largest_relative_drift")
+    return (
+        f"{arm}: final loss / GD's {factor(m['ratio_to_GD'])} ({m['verdict']}), / GD at the clamp's rate "
+        f"{factor(m['ratio_to_clamp'])}{f', drift of a teleport at most {drift:.0e}' if drift else ''}; of "
+        f"{m['meta_seeds']} meta-seeds {m['meta_seeds_better_than_GD']} beat GD, the best in meta-training is shown."
+    )
 
 
 def plot(outcome, settings, save):
     save(plot_figure6(outcome, settings))
     save(plot_controls(outcome, settings), "controls")
+    save(plot_rates(outcome, settings), "rates")
 
 
 def curves(outcome, name, of="loss"):
@@ -317,33 +335,30 @@ def curves(outcome, name, of="loss"):
     return outcome.arrays[f"{key}/{of}"][a, outcome.arrays[f"{key}/chosen"][a]]
 
 
-def log_band(ax, x, y, label, i):
-    """Geometric mean over problems, with a band of ±1 standard deviation of the logarithm."""
-    y = np.log(y.astype(float))
-    mean, std = y.mean(0), y.std(0)
-    ax.plot(x, np.exp(mean), label=label, **plots.style(i))
-    ax.fill_between(x, np.exp(mean - std), np.exp(mean + std), color=plots.style(i)["color"], alpha=0.15, linewidth=0)
-
-
 def plot_figure6(outcome, s):
-    """Figure 6 on the published problems: loss against step and seconds, gradient norm against loss; step sizes."""
-    figure, ((by_step, by_seconds), (gradient, rate)) = plots.panels(2, 2, width=4.4, height=3.4)
-    steps = np.arange(s.steps + 1)
+    """Figure 6 on the published problems: loss against step and seconds, gradient norm against loss."""
+    figure, ((by_step, by_seconds, gradient),) = plots.panels(1, 3, width=4.0, height=3.4)
     for i, name in enumerate(FIGURE):
         loss = curves(outcome, name)[:PUBLISHED]
-        log_band(by_step, steps, loss, name, i)
-        log_band(by_seconds, outcome.timings["after_each_step"][name], loss, name, i)
+        plots.log_band(by_step, np.arange(s.steps + 1), loss, name, i)
+        plots.log_band(by_seconds, outcome.timings["after_each_step"][name], loss, name, i)
         norm = curves(outcome, name, "squared_gradient_norm")
         gradient.plot(*(np.exp(np.log(v).mean(0)) for v in (loss, norm)), label=name, **plots.style(i))
-    for a, arm in enumerate(PARTS["lr"]):
-        every = outcome.arrays["lr/rate"][a]
-        rate.plot(steps[:-1], every.T, color=plots.style(a + 1)["color"], linewidth=0.5, alpha=0.5)
-        rate.plot(steps[:-1], curves(outcome, arm.name, "rate"), label=arm.name, **plots.style(a + 1))
     by_step.set(xlabel="Step", ylabel="Loss", yscale="log")
     by_seconds.set(xlabel="Seconds", ylabel="Loss", yscale="log")
     gradient.set(xlabel="Loss", ylabel=r"$\|\partial L/\partial W\|^2$", xscale="log", yscale="log")
-    rate.set(xlabel="Step", ylabel="Learned rate (thin: other meta-seeds)", yscale="log")
     by_step.legend(fontsize=7)
+    return figure
+
+
+def plot_rates(outcome, s):
+    """What the meta-optimizers of the lr kind learned: the learning rate at every step, of every meta-seed."""
+    figure, ((rate,),) = plots.panels(1, 1, width=5.5, height=3.4)
+    for a, arm in enumerate(PARTS["lr"]):
+        every = outcome.arrays["lr/rate"][a]
+        rate.plot(np.arange(s.steps), every.T, color=plots.style(a + 1)["color"], linewidth=0.5, alpha=0.5)
+        rate.plot(np.arange(s.steps), curves(outcome, arm.name, "rate"), label=arm.name, **plots.style(a + 1))
+    rate.set(xlabel="Step", ylabel="Learned rate (thin: other meta-seeds)", yscale="log")
     rate.set_ylim(bottom=rate.get_ylim()[0] / 30)
     rate.legend(fontsize=6, loc="lower left")
     return figure
@@ -357,7 +372,7 @@ def plot_controls(outcome, s):
     update = [arm.name for key, stack in PARTS.items() if key != "lr" for arm in stack]
     for ax, names in ((rates, ["GD", CLAMP, *lr]), (updates, ["GD", *update])):
         for i, name in enumerate(names):
-            log_band(ax, steps, curves(outcome, name), name, i)
+            plots.log_band(ax, steps, curves(outcome, name), name, i)
         ax.set(xlabel="Step", ylabel=f"Loss ({s.seeds} problems)", yscale="log")
         ax.legend(fontsize=6)
     names = [name for _, _, name in arms()]
@@ -388,33 +403,19 @@ def report(outcome, s):
     for key, _, name in arms():
         m = outcome.metrics[name]
         drift = m.get("largest_relative_drift")
-        rows.append(
-            [
-                name,
-                number(m["mean_loss_published_problems"][str(s.steps)]),
-                number(m["mean_loss"]),
-                *(factor(m[k]) if k in m else "" for k in ("ratio_to_GD", "ratio_to_clamp", "ratio_to_no_element")),
-                f"{m['meta_seeds_better_than_GD']}/{m['meta_seeds']}" if key != "gd" else "",
-                f"{drift:.1e}" if drift else "",
-            ]
-        )
-    header = [
-        f"loss after {s.steps} steps",
-        f"{min(PUBLISHED, s.seeds)} problems",
-        f"{s.seeds} problems",
-        "/ GD [95 %]",
-        "/ GD at the clamp",
-        "/ no element",
-        "meta-seeds < GD",
-        "largest drift",
-    ]
+        ratios = [factor(m[k]) if k in m else "" for k in ("ratio_to_GD", "ratio_to_clamp", "ratio_to_no_element")]
+        means = [number(m["mean_loss_published_problems"][str(s.steps)]), number(m["mean_loss"])]
+        better = f"{m['meta_seeds_better_than_GD']}/{m['meta_seeds']}" if key != "gd" else ""
+        rows.append([name, *means, *ratios, better, f"{drift:.1e}" if drift else ""])
+    header = [f"loss after {s.steps} steps", f"{min(PUBLISHED, s.seeds)} problems", f"{s.seeds} problems"]
+    header += ["/ GD [95 %]", "/ GD at the clamp", "/ no element", "meta-seeds < GD", "largest drift"]
     training = ", ".join(f"{key} {seconds:.0f} s" for key, seconds in outcome.timings["training"].items())
     best = outcome.metrics["GD, best rate"]["second_rate"]
-    short = s.update_runs < PRESETS["paper"].update_runs
     return (
         table(header, rows)
         + f"\n\nGD, best rate: {best:g} after the first step. Meta-training: {training}"
-        + f"\nThe learned updates are far from trained: {s.update_runs} runs, not the paper's 600 and 700." * short
+        + f"\nThe learned updates are far from trained: {s.update_runs} runs, not the paper's 600 and 700."
+        * (s.update_runs < PAPER.update_runs)
     )
 
 
@@ -423,14 +424,5 @@ def number(value):
 
 
 if __name__ == "__main__":
-    cli.main(
-        __file__,
-        __doc__,
-        PRESETS,
-        experiment,
-        plot,
-        report,
-        judge,
-        name=NAME,
-        links="learn-to-teleport/figures",
-    )
+    figures = "learn-to-teleport/figures"
+    cli.main(__file__, __doc__, PRESETS, experiment, plot, report, judge, name=NAME, links=figures)

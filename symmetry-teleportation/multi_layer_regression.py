@@ -262,7 +262,11 @@ def judge(outcome):
     ]
     limits = "not at the best learning rate" if all(saves) else "no epochs saved by one of the two"
     better = all(verdict(gain) == "better" for gain, _ in gains)
+<<<<<<< HEAD
     number = f"GD's final loss {interval(gains[0][0], 3)} at best rates"
+=======
+    number = f"gain at best rates {interval(gains[0][0], 3)} (gradient descent)"
+>>>>>>> c5acf28 (Draw Figure 6 as the paper does and the learned rates apart; one geometric band, one deciding number each)
     return Verdict(grade(all(saves) and better, any(saves)), limits, sentence, details, number)
 
 
@@ -293,7 +297,7 @@ def plot_loss(outcome, s):
     for (top, bottom), optimizer in zip(axes.T, OPTIMIZERS):
         loss, metrics = outcome.arrays[f"{optimizer}_arms/loss"], outcome.metrics[optimizer]
         for a, arm in enumerate(ARMS[:4]):
-            log_band(top, range(s.epochs), loss[a, 0], optimizer if arm == "baseline" else f"+ {arm}", a)
+            plots.log_band(top, range(s.epochs), loss[a, 0], optimizer if arm == "baseline" else f"+ {arm}", a)
         top.axvline(s.teleport_epoch, color="0.7", linewidth=0.8, zorder=0)
         top.set(title=optimizer, xlabel="Epoch", yscale="log")
         for a, arm in enumerate(ARMS[1:], 1):
@@ -308,13 +312,6 @@ def plot_loss(outcome, s):
         top.legend()
     axes[0, 0].set_ylabel("Loss")
     return figure
-
-
-def log_band(ax, x, y, label, i):
-    """Geometric mean over runs ×/÷ one standard deviation: an arithmetic band would reach below zero."""
-    mean, spread = np.log(y).mean(0), np.log(y).std(0, ddof=1) if len(y) > 1 else 0
-    (line,) = ax.plot(x, np.exp(mean), label=label, **plots.style(i))
-    ax.fill_between(x, np.exp(mean - spread), np.exp(mean + spread), color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def plot_sweeps(outcome, s):
@@ -352,7 +349,7 @@ def plot_views(outcome, s):
         for arm in PAPERS:
             a, label = ARMS.index(arm), optimizer if arm == "baseline" else f"+ {arm}"
             loss, norm = (outcome.arrays[f"{optimizer}_arms/{k}"][a, 0] for k in ("loss", "gradient"))
-            log_band(row[0], range(s.epochs), loss, label, a)
+            plots.log_band(row[0], range(s.epochs), loss, label, a)
             loss, norm = (np.exp(np.log(v).mean(0)) for v in (loss, norm))
             row[1].plot(outcome.timings[optimizer][arm], loss, label=label, **plots.style(a))
             row[2].plot(norm, label=label, **plots.style(a))
