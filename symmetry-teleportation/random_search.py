@@ -122,8 +122,7 @@ def experiment(run):
         probe = probe_gradient(net, x[: s.probe], data.y[: s.probe])
         for _ in run.progress(range(s.epochs - s.teleport_epoch), desc=arm, unit="epoch"):
             values = (train_epoch(net, x, data.y, s.batch), *net.evaluate(x_test, data.y_test))
-            for key, value in zip(curves, values):
-                curves[key].append(value)
+            curves = {key: [*curves[key], value] for key, value in zip(curves, values)}
         return {"whole_loss": whole_loss, "probe": probe, **{k: torch.stack(v, -1) for k, v in curves.items()}}
 
     parts, _ = run.parts(train, {arm: arm for arm in ARMS})
@@ -378,7 +377,7 @@ def report(outcome, s):
     for arm in ARMS:
         m = outcome.metrics[arm]
         against = [interval(m["train_loss_minus_baseline"], 3), verdict(m["train_loss_minus_baseline"])]
-        teleported = ["", "", "", ""]
+        teleported = [""] * 4
         if arm in MOVES:
             growth, whole, drift = (np.array(m[k]) for k in ("growth", "whole_gradient_growth", "whole_loss_drift"))
             drift = f"{np.abs(drift).max():.1e}"
@@ -388,8 +387,7 @@ def report(outcome, s):
         rows.append([arm, *teleported, mean_std(m["final_train_loss"]), *against, accuracy])
     header = ["", "‖∂L/∂W‖², batch", "other samples", "drift, batch", "training set", "final training loss"]
     header += ["minus baseline [95 %]", "", "test accuracy"]
-    m = outcome.metrics
-    cost = ", ".join(str(int(n)) for n in m["gradient_evaluations"]["ascent"])
+    m, cost = outcome.metrics, ", ".join(str(int(n)) for n in outcome.metrics["gradient_evaluations"]["ascent"])
     seconds = {k: np.mean(outcome.timings[f"{k}_seconds"]) for k in ("search", "ascent")}
     others = (interval(m[arm]["train_loss_minus_search"], 3) for arm in ("random", "ascent", "rescaling"))
     at_equal_cost = np.divide(m["ascent_at_equal_cost"], np.array(m["ascent"]["squared_gradient_norm"])[:, 0])
