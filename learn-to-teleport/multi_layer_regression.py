@@ -265,11 +265,7 @@ def milestones(s):
     return sorted({t for t in (0, 1, 2, 10, 29) if t < s.steps} | {s.steps})
 
 
-STILL = {"LSTM(lr, teleport)": "LSTM(lr)", "LSTM(update, teleport)": "LSTM(update)"}  # the same without an element
-
-
 def judge(outcome):
-<<<<<<< HEAD
     m, arms = outcome.metrics, {"LSTM(lr, teleport)": "LSTM(lr)", "LSTM(update, teleport)": "LSTM(update)"}
     beat = [m[arm]["verdict"] == "better" for arm in arms]
     add = [m[arm]["ratio_to_no_element"][2] < 1 for arm in arms]
@@ -295,31 +291,6 @@ def against_gradient_descent(arm, values):
         f"{factor(values['ratio_to_clamp'])}{f', drift of a teleport at most {drift:.0e}' if drift else ''}; of "
         f"{values['meta_seeds']} meta-seeds {values['meta_seeds_better_than_GD']} beat GD, the best in meta-training "
         f"is shown."
-    )
-=======
-    m, s = outcome.metrics, outcome.settings
-    beat = [m[arm]["verdict"] == "better" for arm in STILL]
-    add = [m[arm]["ratio_to_no_element"][2] < 1 for arm in STILL]
-    pairs = (
-        f"{a} {m[a]['ratio_to_GD'][0]:.3f}, without teleport {m[b]['ratio_to_GD'][0]:.3f}" for a, b in STILL.items()
-    )
-    sentence = (
-        f"Loss after {s.steps} steps over gradient descent's: {'; '.join(pairs)}; gradient descent at the learned "
-        f"rate's upper limit, with nothing learned, {m[CLAMP]['ratio_to_GD'][0]:.3f}."
-    )
-    limits = "no better than without the teleport" if all(beat) else "no better than gradient descent"
-    details = [detail(arm, v) for arm, v in m.items() if arm != "GD"]
-    number = f"loss with / without teleport {factor(m['LSTM(update, teleport)']['ratio_to_no_element'])}"
-    return Verdict(grade(all(beat) and all(add), all(beat)), limits, sentence, details, number)
->>>>>>> c5acf28 (Draw Figure 6 as the paper does and the learned rates apart; one geometric band, one deciding number each)
-
-
-def detail(arm, m):
-    drift = m.get("largest_relative_drift")
-    return (
-        f"{arm}: final loss / GD's {factor(m['ratio_to_GD'])} ({m['verdict']}), / GD at the clamp's rate "
-        f"{factor(m['ratio_to_clamp'])}{f', drift of a teleport at most {drift:.0e}' if drift else ''}; of "
-        f"{m['meta_seeds']} meta-seeds {m['meta_seeds_better_than_GD']} beat GD, the best in meta-training is shown."
     )
 
 

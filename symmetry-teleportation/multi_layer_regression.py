@@ -262,11 +262,7 @@ def judge(outcome):
     ]
     limits = "not at the best learning rate" if all(saves) else "no epochs saved by one of the two"
     better = all(verdict(gain) == "better" for gain, _ in gains)
-<<<<<<< HEAD
     number = f"GD's final loss {interval(gains[0][0], 3)} at best rates"
-=======
-    number = f"gain at best rates {interval(gains[0][0], 3)} (gradient descent)"
->>>>>>> c5acf28 (Draw Figure 6 as the paper does and the learned rates apart; one geometric band, one deciding number each)
     return Verdict(grade(all(saves) and better, any(saves)), limits, sentence, details, number)
 
 

@@ -306,11 +306,7 @@ def judge(outcome):
         f"{loss['search']:.3f}; with {', '.join(f'{name} {loss[a]:.3f}' for a, name in CONTROLS.items())}."
     )
     limits = f"{listed(matched, ' and ')} do{'es' if len(matched) == 1 else ''} as well or better"
-<<<<<<< HEAD
     number = f"{loss['search']:.3f}; one random element {loss['random']:.3f}"
-=======
-    number = f"loss {loss['search']:.3f}, one random element {loss['random']:.3f}"
->>>>>>> c5acf28 (Draw Figure 6 as the paper does and the learned rates apart; one geometric band, one deciding number each)
     return Verdict(grade(gain and not matched, gain), limits if gain else "no faster", sentence, [*details(m)], number)
 
 
