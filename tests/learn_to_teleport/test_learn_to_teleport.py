@@ -27,7 +27,7 @@ def save_and_die(self, key, arrays):
     if len(count) == {at}:
         os.kill(os.getpid(), signal.SIGKILL)
 Run.save_checkpoint = save_and_die
-sys.argv = [{script!r}, "--preset", "tiny", "--output", {output!r}]
+sys.argv = [{script!r}, "--preset", "tiny", "--jobs", "1", "--output", {output!r}]
 runpy.run_path({script!r}, run_name="__main__")
 """
 
