@@ -1,24 +1,23 @@
-"""Paper C, Figure 7: convergence of radial networks U σ(Vᵀ), σ(v) = v / ‖v‖², from starts with different Q.
+"""ICLR 2023, Figure 7: convergence of radial networks U σ(Vᵀ), σ(v) = v / ‖v‖², from starts with different Q.
 
 U and V start diagonal in the singular basis of Y, with entries of mean and standard deviation c. The output does not
 depend on c (scaling U and V together is a symmetry of this network), so all runs start from the same loss and differ in
-Q = Tr(UᵀU + VᵀV), proportional to c², alone. Right panel, the check: scaling U and V by c slows gradient flow down by
-c² exactly, so that over flow time divided by Q all loss curves are one.
+Q = Tr(UᵀU + VᵀV), proportional to c², alone. The check, in a second figure: scaling U and V by c slows gradient flow
+down by c² exactly, so that over flow time divided by Q all loss curves are one.
 
 All starts train as one stack, in float64 from the published float32 numbers.
 """
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conserved import conserved_quantity, gradient_descent, published_normal, record_steps, two_layer_loss
+from conserved import conserved_quantity, crossing, gradient_descent, published_normal, record_steps, two_layer_loss
 
 from common import cli, plots
 from common.claims import Claim, Verdict, grade, table
@@ -38,7 +37,7 @@ CLAIM = Claim(
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int
+    steps: int = 1_000_000
     scales: tuple = (0.01, 0.1, 1.0, 10.0)  # c: mean and standard deviation
     lr: float = 1e-5
     reduction: float = 0.1  # the table counts steps until the loss has fallen by this factor
@@ -49,10 +48,11 @@ class Settings:
     seed: int = 12345
 
 
+PAPER = Settings()
 PRESETS = {
-    "tiny": Settings(steps=20_000, per_decade=20),
-    "quick": Settings(steps=100_000),
-    "paper": Settings(steps=1_000_000),
+    "tiny": replace(PAPER, steps=20_000, per_decade=20),
+    "quick": replace(PAPER, steps=100_000),
+    "paper": PAPER,
 }
 
 
@@ -79,7 +79,7 @@ def experiment(run):
         "loss_start": loss[:, 0],
         "loss_end": loss[:, -1],
         "steps_to_reduction": reached,
-        "flow_time_over_Q": [None if t is None else t * s.lr / q for t, q in zip(reached, Q[:, 0])],
+        "flow_time_over_Q": [t * s.lr / q for t, q in zip(reached, Q[:, 0])],
     }
     return Outcome(metrics, arrays, seeds=[s.seed])
 
@@ -95,40 +95,37 @@ def start(s):
     return Y, phi @ U, psi.T @ V
 
 
-def crossing(steps, loss, level):
-    """The (interpolated) number of steps at which the loss first falls to the level, or NaN."""
-    below = np.flatnonzero(loss <= level)
-    if not len(below):
-        return math.nan
-    i = below[0]
-    return float(np.interp(level, loss[[i, i - 1]], steps[[i, i - 1]]))
-
-
 def judge(outcome):
     m = outcome.metrics
     times = [t for t in m["flow_time_over_Q"] if t > 0]  # NaN where it does not converge
+    ratio = f"{min(times):.3f} to {max(times):.3f}" if times else "none"
     return Verdict(
-        grade(max(times) < 1.1 * min(times), len(times) > 1),
+        grade(len(times) > 1 and max(times) < 1.1 * min(times), len(times) > 1),
         "not in proportion",
-        "All starts compute the same function, and the time to converge is proportional to Q: flow time / Q = "
-        f"{min(times):.3f} to {max(times):.3f} over Q = {m['Q_start'][0]:.2g} to {m['Q_start'][len(times) - 1]:.2g}; "
-        f"Q = {m['Q_start'][-1]:.4g} "
+        f"All starts compute the same function, and the time to converge is proportional to Q: flow time / Q = {ratio} "
+        f"over Q = {m['Q_start'][0]:.2g} to {m['Q_start'][max(len(times) - 1, 0)]:.2g}; Q = {m['Q_start'][-1]:.4g} "
         f"{'does not converge in time' if math.isnan(m['steps_to_reduction'][-1]) else 'converges'}.",
+        number=f"flow time / Q = {ratio}",
     )
 
 
 def plot(outcome, s, save):
-    figure, ((left, right),) = plots.panels(1, 2, height=3.1, sharey=True)
+    """Figure 7; and the check, over flow time divided by Q."""
     steps, Q, loss = (outcome.arrays[name] for name in ("steps", "Q", "loss"))
+    figure, ((ax,),) = plots.panels(height=3.1)
+    check, ((scaled,),) = plots.panels(height=3.1)
     for i in range(len(s.scales)):
         label = f"Q = {Q[i, 0]:.4g}"
-        left.plot(steps, loss[i], label=label, **plots.style(i))
-        right.plot(steps[1:] * s.lr / Q[i, 0], loss[i, 1:], label=label, **plots.style(i))
-    left.set(xlabel="Training steps", ylabel="Loss", yscale="log", ylim=(1e-12, 1))
-    left.ticklabel_format(axis="x", scilimits=(0, 0))
-    left.legend()
-    right.set(xlabel="Flow time / Q", xscale="log")
+        ax.plot(steps, loss[i], label=label, **plots.style(i))
+        scaled.plot(steps[1:] * s.lr / Q[i, 0], loss[i, 1:], label=label, **plots.style(i))
+    ax.set(xlabel="Training steps")
+    ax.ticklabel_format(axis="x", scilimits=(0, 0))
+    scaled.set(xlabel="Flow time / Q", xscale="log")
+    for axes in (ax, scaled):
+        axes.set(ylabel="Loss", yscale="log", ylim=(1e-12, 1))
+        axes.legend()
     save(figure)
+    save(check, "controls")
 
 
 def report(outcome, s):

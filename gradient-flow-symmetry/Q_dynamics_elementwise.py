@@ -1,4 +1,4 @@
-"""Paper C, Figure 3: the conserved quantity Q during gradient descent on two-layer networks U σ(Vᵀ).
+"""ICLR 2023, Figure 3: the conserved quantity Q during gradient descent on two-layer networks U σ(Vᵀ).
 
 Gradient flow conserves Q exactly; gradient descent lets it drift, by an amount that falls with the step size. Drawn
 over training steps as in the paper: the drift of |Q|, in units of the same terms added instead of subtracted, and the
@@ -9,7 +9,7 @@ The step sizes train as one stack, in float64 from the published float32 numbers
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ CLAIM = Claim(
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int  # sigmoid: twice as many
+    steps: int = 400_000  # sigmoid: twice as many
     activations: tuple = ("linear", "relu", "tanh", "sigmoid")
     rates: tuple = (0.1, 0.01, 0.001)  # step sizes; factors of ten, so that equal flow times are recorded
     std: float = 0.1  # of the initial U and V
@@ -56,10 +56,11 @@ class Settings:
     seed: int = 12345
 
 
+PAPER = Settings()
 PRESETS = {
-    "tiny": Settings(steps=2_000, per_decade=20),
-    "quick": Settings(steps=40_000),
-    "paper": Settings(steps=400_000),
+    "tiny": replace(PAPER, steps=2_000, per_decade=20),
+    "quick": replace(PAPER, steps=40_000),
+    "paper": PAPER,
 }
 
 
@@ -116,46 +117,58 @@ def judge(outcome):
     m = outcome.metrics
     orders = [v["order_in_step_size"] for v in m.values()]
     conserved = [abs(order - 1) < 0.1 for order in orders]
-    sentence = (
-        f"Under gradient descent Q drifts in proportion to the step size to the power {min(orders):.2f} to "
-        f"{max(orders):.2f}, which is what a first-order method leaves of a quantity that its flow conserves."
-    )
     details = [
         f"{name}: Q drifts by {abs(v['drift_at_equal_time'][0]):.1e} at the largest step size, as its power "
         f"{v['order_in_step_size']:.2f}; the control (terms added, not subtracted) moves by "
         f"{abs(v['control_at_equal_time'][0]):.2g}, as its power {v['control_order']:.2f}."
         for name, v in m.items()
     ]
-    return Verdict(grade(all(conserved), any(conserved)), "not for every activation", sentence, details)
+    powers = f"{min(orders):.2f} to {max(orders):.2f}"
+    sentence = f"Under gradient descent Q drifts in proportion to the step size to the power {powers}, which is what a "
+    sentence += "first-order method leaves of a quantity that its flow conserves."
+    word = grade(all(conserved), any(conserved))
+    return Verdict(word, "not for every activation", sentence, details, f"drift ∝ step size to the power {powers}")
 
 
 def plot(outcome, s, save):
+    save(plot_dynamics(outcome, s))
+    save(plot_controls(outcome, s), "controls")
+
+
+def plot_dynamics(outcome, s):
+    """Figure 3: the drift of Q and the loss against training steps."""
     figure, axes = plots.panels(2, len(s.activations), height=2.4, sharex="col")
-    control_figure, control_axes = plots.panels(1, len(s.activations), sharey=True)
-    for column, activation in enumerate(s.activations):
+    for (top, bottom), activation in zip(axes.T, s.activations):
         steps, Q, scale, loss = (outcome.arrays[f"{activation}_{name}"] for name in ("steps", "Q", "scale", "loss"))
-        drift, control = drifts(Q, scale)
-        top, bottom, flow = axes[0, column], axes[1, column], control_axes[0, column]
-        for i, rate in enumerate(s.rates):
-            label = f"lr = {rate:g}"
-            top.plot(steps, drift[i], label=label, **plots.style(i))
-            bottom.plot(steps, loss[i], label=label, **plots.style(i))
-            flow.plot(rate * steps[1:], np.abs(drift[i, 1:]), label=rf"$|\Delta\tilde Q|$, {label}", **plots.style(i))
-        for i, rate in enumerate(s.rates):
-            label = "control: terms added" if i == 0 else None
-            flow.plot(rate * steps[1:], np.abs(control[i, 1:]), label=label, color="0.6", linewidth=1)
+        for i, (rate, drift) in enumerate(zip(s.rates, drifts(Q, scale)[0])):
+            top.plot(steps, drift, label=f"lr = {rate:g}", **plots.style(i))
+            bottom.plot(steps, loss[i], **plots.style(i))
         top.set_title(activation)
         top.ticklabel_format(axis="y", scilimits=(0, 0))
         bottom.set(xlabel="Training steps", yscale="log")
         bottom.ticklabel_format(axis="x", scilimits=(0, 0))
-        flow.set(xlabel="Flow time: step size × steps", xscale="log", yscale="log", title=activation)
     axes[0, 0].set_ylabel(r"$\Delta\tilde Q$")
     axes[1, 0].set_ylabel("Loss")
     axes[0, 0].legend()
-    control_axes[0, 0].set_ylabel("Relative change since the start")
-    control_axes[0, -1].legend(fontsize=7)
-    save(figure)
-    save(control_figure, "step_size")
+    return figure
+
+
+def plot_controls(outcome, s):
+    """The drift at equal flow time, and that of the terms added, which nothing conserves."""
+    figure, (axes,) = plots.panels(1, len(s.activations), sharey=True)
+    for ax, activation in zip(axes, s.activations):
+        steps, Q, scale = (outcome.arrays[f"{activation}_{name}"] for name in ("steps", "Q", "scale"))
+        drift, control = drifts(Q, scale)
+        for i, rate in enumerate(s.rates):
+            label = rf"$|\Delta\tilde Q|$, lr = {rate:g}"
+            ax.plot(rate * steps[1:], np.abs(drift[i, 1:]), label=label, **plots.style(i))
+        for i, rate in enumerate(s.rates):
+            label = "control: terms added" if i == 0 else None
+            ax.plot(rate * steps[1:], np.abs(control[i, 1:]), label=label, color="0.6", linewidth=1)
+        ax.set(xlabel="Flow time: step size × steps", xscale="log", yscale="log", title=activation)
+    axes[0].set_ylabel("Relative change since the start")
+    axes[-1].legend(fontsize=7)
+    return figure
 
 
 def report(outcome, s):

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,17 +157,30 @@ def gradient_descent(
         yield U.clone(), V.clone()
 
 
-def scaled_pair(U: Tensor, V: Tensor, s: float, activation: str) -> tuple[Tensor, Tensor]:
-    """(U, V) moved along its symmetry orbit by g = sI: V' = sV and U' refitted, so that U'σ(V'ᵀ) = Uσ(Vᵀ).
+def moved_pair(U: Tensor, V: Tensor, g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """(U, V) moved along its symmetry orbit by g (h, h): Vᵀ' = gVᵀ and U' refitted, so that U'σ(V'ᵀ) = Uσ(Vᵀ).
 
-    The pre-activation action of teleport.py with the whitened input, exact where σ(sV) has rank n (needs n ≤ h).
+    The pre-activation action of teleport.py with the whitened input, exact where σ(gVᵀ) has rank n (needs n ≤ h).
     Elementwise σ only. Q changes, the loss does not.
     """
     X = torch.eye(V.shape[-2], dtype=V.dtype, device=V.device)
-    g = s * torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
     sigma = {"linear": teleport.IDENTITY, "relu": teleport.RELU, "tanh": teleport.TANH, "sigmoid": teleport.SIGMOID}
     moved_U, moved_Vt = teleport.preactivation_action(U, V.mT, X, g, sigma[activation])
     return moved_U, moved_Vt.mT
+
+
+def scaled_pair(U: Tensor, V: Tensor, s: float, activation: str) -> tuple[Tensor, Tensor]:
+    """(U, V) moved along its symmetry orbit by g = sI: V' = sV. See moved_pair."""
+    return moved_pair(U, V, s * torch.eye(V.shape[-1], dtype=V.dtype, device=V.device), activation)
+
+
+def crossing(steps: Sequence[int], loss: np.ndarray, level: float) -> float:
+    """The (interpolated) number of steps at which the recorded loss first falls to the level; NaN: it does not."""
+    below = np.flatnonzero(loss <= level)
+    if not len(below):
+        return math.nan
+    i = below[0]
+    return float(np.interp(level, loss[[i, i - 1]], np.asarray(steps)[[i, i - 1]]))
 
 
 def record_steps(steps: int, per_decade: int) -> list[int]:
@@ -231,12 +245,6 @@ def _in_place(activation: str, V: Tensor, H: Tensor, G: Tensor):
         "sigmoid": (lambda: torch.sigmoid(V, out=H), sigmoid_derivative),
         "radial": (radial, radial_derivative),
     }[activation]
-
-
-def monotone(Q: Sequence[float], values: Sequence[float]) -> bool:
-    """Do the values rise or fall with Q, or with |Q|?"""
-    sequences = ([values[i] for i in sorted(range(len(Q)), key=key)] for key in (lambda i: Q[i], lambda i: abs(Q[i])))
-    return any(q in (sorted(values), sorted(values, reverse=True)) for q in sequences)
 
 
 def _check(U: Tensor, V: Tensor, activation: str, Y: Tensor | None = None) -> None:
