@@ -277,6 +277,11 @@ def correlation_runs(r: float, level: float = 0.95, covariates: int = 0) -> int:
     return ceil(((special.ndtri((1 + level) / 2) + special.ndtri(POWER)) / atanh(r)) ** 2 + 3 + covariates)
 
 
+def detectable_correlation(n: int, level: float = 0.95) -> float:
+    """The smallest |r| that n points find with 80 % power, by Fisher's z. NaN for fewer than 4 points."""
+    return tanh((special.ndtri((1 + level) / 2) + special.ndtri(POWER)) / sqrt(n - 3)) if n > 3 else nan
+
+
 def _check_design(sd, n):
     if not (n > 1 and sd > 0):
         raise ValueError(f"n must be at least 2 and sd positive, got {n} and {sd}")
@@ -327,10 +332,8 @@ def bootstrap(statistic: Callable, samples: Sequence, generator: np.random.Gener
         return estimate, nan, nan
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        interval = stats.bootstrap(  # BCa
-            samples, statistic, paired=paired, confidence_level=level, rng=generator
-        ).confidence_interval
-    return estimate, float(interval.low), float(interval.high)
+        result = stats.bootstrap(samples, statistic, paired=paired, confidence_level=level, rng=generator)  # BCa
+    return estimate, *map(float, result.confidence_interval)
 
 
 def correlation(x, y, covariates: Sequence = (), rank: bool = False, level: float = 0.95) -> Correlation:
@@ -392,8 +395,6 @@ def difference(values, reference, level=0.95):
 def verdict(interval, smaller_is_better=True):
     """better, worse, or no difference: whether the 95 % interval (mean, low, high) excludes zero. "?" for one seed."""
     _, low, high = interval
-    if low is None or np.isnan(low):
-        return "?"
-    if low <= 0 <= high:
-        return "no difference"
+    if np.isnan(low) or low <= 0 <= high:
+        return "?" if np.isnan(low) else "no difference"
     return "better" if (high < 0) == smaller_is_better else "worse"

@@ -22,6 +22,7 @@ import relations
 from conserved import (
     conserved_quantity,
     gradient_descent,
+    largest_eigenvalue,
     published_normal,
     scaled_pair,
     squared_loss_hessian,
@@ -65,7 +66,6 @@ class Settings:
     seed: int = 12345
 
 
-CHUNK = 16  # Hessians in memory at once
 PAPER = Settings()
 PRESETS = {"tiny": replace(PAPER, steps=1_000, hidden=20, starts=6), "quick": PAPER, "paper": PAPER}
 
@@ -92,7 +92,7 @@ def experiment(run):
             "largest_other": eigenvalues[:, : -Y.numel()].abs().amax(1),
             "minima_Q": conserved_quantity(many_U, many_V, activation),
             "minima_loss": two_layer_loss(many_U, many_V, Y, activation),
-            "minima_largest": largest_eigenvalues(run, many_U, many_V, Y, activation),
+            "minima_largest": largest_eigenvalue(many_U, many_V, activation),
         }
 
     arrays, metrics = {}, {}
@@ -125,16 +125,6 @@ def many_minima(s, U, V, Y, activation, steps):
     (drawn,) = gradient_descent(*(W.to(U) for W in drawn), Y, activation, s.lr, [steps])
     both = zip(relations.moved(U, V, elements, activation), drawn)
     return tuple(torch.cat(matrices).unflatten(0, (len(relations.SETS), s.starts)) for matrices in both)
-
-
-def largest_eigenvalues(run, U, V, Y, activation):
-    """Of the Hessian of every pair of two stacks (sets, starts, ., .): (sets, starts)."""
-    chunks = list(zip(U.flatten(0, 1).split(CHUNK), V.flatten(0, 1).split(CHUNK)))
-    largest = [
-        torch.linalg.eigvalsh(squared_loss_hessian(*pair, Y, activation))[:, -1]
-        for pair in run.progress(chunks, desc=f"{activation}: eigenvalues")
-    ]
-    return torch.cat(largest).view(U.shape[:2])
 
 
 def judge(outcome):

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import teleport  # noqa: E402
 
 ACTIVATIONS = ("linear", "relu", "tanh", "sigmoid", "radial")
+_SIGMA = {"linear": teleport.IDENTITY, "relu": teleport.RELU, "tanh": teleport.TANH, "sigmoid": teleport.SIGMOID}
 
 
 def hidden(V: Tensor, activation: str) -> Tensor:
@@ -130,6 +131,22 @@ def squared_loss_hessian(U: Tensor, V: Tensor, Y: Tensor, activation: str) -> Te
     return torch.vmap(hessian)(parameters.view(-1, P), targets).view(*batch, P, P)
 
 
+def largest_eigenvalue(U: Tensor, V: Tensor, activation: str) -> Tensor:
+    """The Hessian's largest eigenvalue at a minimum of zero loss, in closed form. Shape E. Elementwise σ only.
+
+    There the Hessian of ‖Y − U σ(Vᵀ)‖² is 2JᵀJ, J the Jacobian of the entries f_ka = Σ_i U_ki σ(V_ai), and JᵀJ shares
+    its largest eigenvalue with the small (JJᵀ)_{ka,lb} = δ_kl Σ_i σ(V_ai) σ(V_bi) + δ_ab σ'(V_ai)² U_ki U_li, summed
+    over i. Elsewhere it is that of the Gauss-Newton part.
+    """
+    _check(U, V, activation)
+    sigma, (m, n) = _SIGMA[activation], (U.shape[-2], V.shape[-2])
+    h, slope = sigma.f(V), sigma.derivative(V)
+    ours = torch.einsum("...ki,...ai,...li->...akl", U, slope.square(), U)
+    eye_m, eye_n = (torch.eye(k, dtype=U.dtype, device=U.device) for k in (m, n))
+    JJ = torch.einsum("kl,...ab->...kalb", eye_m, h @ h.mT) + torch.einsum("ab,...akl->...kalb", eye_n, ours)
+    return 2 * torch.linalg.eigvalsh(JJ.reshape(*U.shape[:-2], m * n, m * n))[..., -1]
+
+
 def gradient_descent(
     U: Tensor, V: Tensor, Y: Tensor, activation: str, lr: float | Tensor, record: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -164,8 +181,7 @@ def moved_pair(U: Tensor, V: Tensor, g: Tensor, activation: str) -> tuple[Tensor
     Elementwise σ only. Q changes, the loss does not.
     """
     X = torch.eye(V.shape[-2], dtype=V.dtype, device=V.device)
-    sigma = {"linear": teleport.IDENTITY, "relu": teleport.RELU, "tanh": teleport.TANH, "sigmoid": teleport.SIGMOID}
-    moved_U, moved_Vt = teleport.preactivation_action(U, V.mT, X, g, sigma[activation])
+    moved_U, moved_Vt = teleport.preactivation_action(U, V.mT, X, g, _SIGMA[activation])
     return moved_U, moved_Vt.mT
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common import plots
 from common.claims import FAILS, UNDECIDED, Verdict, grade, listed
-from common.statistics import correlation, correlation_runs, holm
+from common.statistics import correlation, detectable_correlation, holm
 
 SETS = ("orbit", "draws", "one_std")
 DECIDE = ("orbit", "draws")
@@ -90,7 +90,7 @@ def judge(relations: dict, what: str) -> Verdict:
         f"Spearman's ρ of {what} with Q or |Q|, the stronger, over {n} points of one orbit: "
         f"{_cells(stronger, 'orbit')}; over {n} random draws: {_cells(stronger, 'draws')}.",
         [_detail(name, relations[name], what) for name in relations]
-        + [f"{n} starts find a correlation of {_findable(n):.2f} with 80 % power."],
+        + [f"{n} starts find a correlation of {detectable_correlation(n):.2f} with 80 % power."],
         number=f"weakest ρ {min(abs(c['r']) for c in stronger.values()):.2f} of {len(cases)}",
     )
 
@@ -115,8 +115,3 @@ def _detail(name, sets, what):
         for measure, c in pair.items()
     )
     return f"{name}, ρ of {what}: {', '.join(cells)}."
-
-
-def _findable(n):
-    """The smallest |r| of 0.01, 0.02, … that n points find with 80 % power."""
-    return next((r / 100 for r in range(1, 100) if correlation_runs(r / 100) <= n), math.nan)

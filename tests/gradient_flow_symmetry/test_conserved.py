@@ -8,11 +8,14 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "gradient-flow-symmetry"))
 
+import relations  # noqa: E402
 from conserved import (  # noqa: E402
     ACTIVATIONS,
     conserved_quantity,
+    crossing,
     gradient_descent,
     hidden,
+    largest_eigenvalue,
     published_normal,
     quantity_scale,
     record_steps,
@@ -168,6 +171,37 @@ def test_hessian_against_finite_differences_of_the_loss(activation):
     for i, j in ((0, 0), (0, 1), (1, 5), (5, 5), (3, 8), (9, 9)):
         second = sum(s * t * loss(parameters + s * steps[i] + t * steps[j]) for s, t in signs) / (4 * e**2)
         assert float(second) == pytest.approx(float(H[i, j]), abs=2e-5 * float(1 + H.abs().max()))
+
+
+@pytest.mark.parametrize("activation", ELEMENTWISE)
+def test_largest_eigenvalue_is_the_hessians_where_the_loss_is_zero(activation):
+    U, V, _ = network(2, h=8)
+    Y = U @ hidden(V, activation).mT
+    expected = torch.linalg.eigvalsh(squared_loss_hessian(U, V, Y, activation))[:, -1]
+    torch.testing.assert_close(largest_eigenvalue(U, V, activation), expected)
+
+
+@pytest.mark.parametrize("activation", ELEMENTWISE)
+def test_points_of_an_orbit_compute_one_function_at_different_quantities(activation):
+    U, V, _ = network(h=12)
+    elements = relations.random_elements(5, 12, (0.5, 3.0), 0)
+    moved = relations.moved(U, V, elements, activation)
+    function = U @ hidden(V, activation).mT
+    torch.testing.assert_close(moved[0] @ hidden(moved[1], activation).mT, function.expand(5, -1, -1))
+    assert len({round(Q, 3) for Q in conserved_quantity(*moved, activation).tolist()}) == 5
+
+
+def test_random_starts_have_a_seed_and_a_standard_deviation_each():
+    U, V = relations.random_starts(3, 4, 500, [0.1, 0.1, 2.0], 0)
+    assert U.shape == (3, 3, 500) and V.shape == (3, 4, 500) and not torch.equal(U[0], U[1])
+    assert U[2].std() == pytest.approx(2, rel=0.1) and not torch.equal(U[2][:3], V[2][:3])
+    again = relations.random_starts(3, 4, 500, [0.1], 0)
+    assert torch.equal(again[0][0], U[0])
+
+
+def test_crossing_interpolates_and_says_when_it_never_comes():
+    assert crossing([0, 10, 20], np.array([3.0, 2.0, 1.0]), 1.5) == pytest.approx(15)
+    assert np.isnan(crossing([0, 10], np.array([3.0, 2.0]), 1.5))
 
 
 def test_record_steps():
