@@ -23,6 +23,7 @@ from common.statistics import correlation, detectable_correlation, holm
 SETS = ("orbit", "draws", "one_std")
 DECIDE = ("orbit", "draws")
 STRONG = 0.5  # a rank correlation of this size is a relation
+ENOUGH = 10  # starts; fewer are in one order too often by chance
 SPREAD = 0.3  # of the elements' Lie-algebra part
 
 
@@ -67,7 +68,8 @@ def scatter(axes: Sequence, values: dict, label: str) -> None:
         for i, where in enumerate(SETS):
             line = plots.style(i + 1, marker=True) | {"linestyle": "", "markersize": 3, "alpha": 0.8}
             ax.plot(Q[i], numbers[i], label=names[where], **line)
-        ax.set(xlabel="$Q$", yscale="log")
+        ax.set(xlabel="$Q$")
+        plots.log_loss(ax)
         ax.locator_params(axis="x", nbins=4)
     axes[0].set_ylabel(label)
     axes[0].legend(fontsize=7, handlelength=1)
@@ -79,11 +81,13 @@ def judge(relations: dict, what: str) -> Verdict:
     stronger = {case: _stronger(relations[case[0]][case[1]]) for case in cases}
     # Q and |Q| are two tries each: both count in the family.
     adjusted = holm([c["p"] for name, where in cases for c in relations[name][where].values()]).reshape(-1, 2).min(1)
-    shown = [case for case, p in zip(cases, adjusted) if p < 0.05 and abs(stronger[case]["r"]) >= STRONG]
+    n = stronger[cases[0]]["n"]
+    shown = [
+        case for case, p in zip(cases, adjusted) if p < 0.05 and abs(stronger[case]["r"]) >= STRONG and n >= ENOUGH
+    ]
     open_ = [case for case in cases if case not in shown and not _weak(stronger[case])]
     word = grade(len(shown) == len(cases), shown)
     named = {where: listed([name for name, place in shown if place == where]) for where in DECIDE}
-    n = stronger[cases[0]]["n"]
     return Verdict(
         UNDECIDED if word == FAILS and open_ else word,
         f"along one orbit for {named['orbit']}, over random draws for {named['draws']}",
@@ -91,8 +95,17 @@ def judge(relations: dict, what: str) -> Verdict:
         f"{_cells(stronger, 'orbit')}; over {n} random draws: {_cells(stronger, 'draws')}.",
         [_detail(name, relations[name], what) for name in relations]
         + [f"{n} starts find a correlation of {detectable_correlation(n):.2f} with 80 % power."],
+        surprise=_turned(relations),
         number=f"weakest ρ {min(abs(c['r']) for c in stronger.values()):.2f} of {len(cases)}",
     )
+
+
+def _turned(relations):
+    """Where Q itself goes one way along the orbit and the other way over draws."""
+    pairs = {name: [sets[where]["Q"]["r"] for where in DECIDE] for name, sets in relations.items()}
+    turned = {name: r for name, r in pairs.items() if min(r) <= -STRONG and max(r) >= STRONG}
+    cells = listed([f"{name} ({orbit:+.2f}, {draws:+.2f})" for name, (orbit, draws) in turned.items()])
+    return f"With Q itself the sign along an orbit is not that over draws: {cells}." if turned else ""
 
 
 def _stronger(pair):

@@ -41,21 +41,6 @@ def test_verdict_on_figures_5_and_13():
     assert word() == "holds in part"
 
 
-def test_verdict_on_table_1():
-    results, word = judged("correlation.py")
-    correlations = [r.metrics["correlations"] for r in results]
-    for c in correlations:
-        c["phi, test_loss"].update(r=0.7, p=1e-9)
-        c["psi, test_loss"].update(r=-0.3, p=1e-3)
-    assert word() == "holds"
-    correlations[0]["psi, test_loss"].update(r=0.3)
-    assert word() == "holds in part"
-    for c in correlations:
-        c["phi, test_loss"].update(p=0.06)
-        c["psi, test_loss"].update(p=0.06)
-    assert word() == "does not hold"
-
-
 def test_verdict_on_figure_4():
     results, word = judged("teleport_sharpness_curvature.py")
     for r in results:

@@ -1,0 +1,81 @@
+"""Judges fed with arrays whose truth was planted: an effect, none, or too few runs to say."""
+
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import correlation
+from common.run import Outcome
+
+sys.path.insert(0, str(ROOT / "gradient-flow-symmetry"))
+
+import relations
+
+ACTIVATIONS = ("linear", "tanh")
+
+
+def quantities(truth, n):
+    """Q and values (sets, n) in which the values rise with Q, fall with |Q|, or have nothing to do with it."""
+    generator = np.random.default_rng(0)
+    Q, noise = generator.normal(size=(2, len(relations.SETS), n))
+    return Q, {"Q": Q, "abs_Q": -np.abs(Q), "none": 0}[truth] + (0.2 if truth != "none" else 1) * noise
+
+
+@pytest.mark.parametrize(
+    "truths, n, word",
+    [
+        (("Q", "abs_Q"), 32, "holds"),
+        (("Q", "none"), 32, "holds in part"),
+        (("none", "none"), 200, "does not hold"),
+        (("none", "none"), 8, "undecided"),
+        (("Q", "Q"), 4, "undecided"),
+    ],
+)
+def test_relation_with_q(truths, n, word):
+    sets = {}
+    for activation, truth in zip(ACTIVATIONS, truths):
+        pairs = zip(relations.SETS, *quantities(truth, n))
+        sets[activation] = {name: relations.relation(*pair) for name, *pair in pairs}
+    verdict = relations.judge(sets, "the steps")
+    assert verdict.word == word
+    assert f"{n} starts find a correlation of" in verdict.details[-1]
+
+
+def runs(dataset, n, phi=0.0, psi=0.0, through=0.0, seed=0):
+    """n runs whose test loss goes with φ and ψ by themselves, and with φ through the training loss."""
+    generator = np.random.default_rng(seed)
+    train, a, b, noise = generator.normal(size=(4, n))
+    y = phi * a + psi * b + through * train + noise
+    arrays = {"phi": (a + train) / 200, "psi": b, "train_loss": train, "loss": train, "test_loss": y}
+    return Outcome({}, arrays, list(range(n)), label=dataset, settings=correlation.Settings(dataset=dataset))
+
+
+@pytest.mark.parametrize(
+    "effects, n, word",
+    [
+        ({"phi": 1.0, "psi": -1.0}, 200, "holds"),
+        ({"phi": 1.0, "psi": 1.0}, 200, "holds in part"),
+        ({"through": 1.0}, 200, "holds in part"),  # φ goes with the test loss, and not beyond the training loss
+        ({"phi": -1.0, "psi": 1.0}, 200, "does not hold"),
+        ({}, 4000, "does not hold"),  # negligible, all of them
+        ({"phi": 0.3, "psi": -0.3}, 12, "undecided"),
+    ],
+)
+def test_table_1(effects, n, word):
+    outcomes = [runs(dataset, n, **effects, seed=seed) for seed, dataset in enumerate(("MNIST", "FashionMNIST"))]
+    assert correlation.judge(*outcomes).word == word
+
+
+def test_table_1_names_what_is_missing():
+    verdict = correlation.judge(runs("MNIST", 200, phi=1.0, psi=-1.0), runs("FashionMNIST", 200, phi=1.0))
+    assert verdict.limits == "ψ is undecided on FashionMNIST" or "ψ is negligible on FashionMNIST" in verdict.limits
+
+
+def test_table_1_compares_with_the_published_axes():
+    outcome = runs("MNIST", 200, phi=1.0, psi=-1.0)
+    outcome.arrays["phi"] = 0.0006 + 1e-6 * outcome.arrays["phi"]
+    outcome.arrays["psi"] = 0.01 + 1e-6 * outcome.arrays["psi"]
+    agrees = {row.what: row.agrees for row in correlation.judge(outcome).published}
+    assert agrees["φ (MNIST)"] and not agrees["ψ (MNIST)"]
