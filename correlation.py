@@ -121,7 +121,7 @@ SETUPS["mnist-mini"] = SETUPS["MNIST"]._replace(ticks={})
 
 PAIRS = (("phi", "test_loss"), ("psi", "test_loss"), ("phi", "psi"))  # (x, y) of the figures' panels
 SYMBOLS = {"phi": "φ", "psi": "ψ", "test_loss": "loss"}
-CLAIMED = {"phi": 1, "phi_given_train_loss": 1, "psi": -1}  # the sign of the correlation with the test loss
+SIGNS = {"phi": 1, "phi_given_train_loss": 1, "psi": -1}  # the sign of the correlation with the test loss
 TEXT = {
     "phi": "φ",
     "psi": "ψ",
@@ -236,19 +236,19 @@ def halves(batches):
 
 def judge(*outcomes):
     found = {r.label: correlations(r.arrays, r.settings.samples) for r in outcomes}
-    cases = [(label, name) for label in found for name in CLAIMED]
+    cases = [(label, name) for label in found for name in SIGNS]
     adjusted = holm([found[label][name].p for label, name in cases])
     narrow = {r.label: correlations(r.arrays, r.settings.samples, 0.9) for r in outcomes}
-    words = {(label, name): _word(narrow[label][name], p, CLAIMED[name]) for (label, name), p in zip(cases, adjusted)}
+    words = {(label, name): _word(narrow[label][name], p, SIGNS[name]) for (label, name), p in zip(cases, adjusted)}
     shown = [case for case in cases if words[case] == "shown"]
     word = grade(len(shown) == len(cases), shown)
     missing = (
         f"{TEXT[name]} is {state} on {listed(labels)}"
-        for name in CLAIMED
+        for name in SIGNS
         for state in ("undecided", "negligible", "of the other sign")
         if (labels := [label for label in found if words[label, name] == state])
     )
-    sentence = "; ".join(f"r({TEXT[name]}, test loss) = {_where(found, name)}" for name in CLAIMED) + "."
+    sentence = "; ".join(f"r({TEXT[name]}, test loss) = {_where(found, name)}" for name in SIGNS) + "."
     word = UNDECIDED if word == FAILS and "undecided" in words.values() else word
     details = [_detail(label, c) for label, c in found.items()] + [OLD]
     published = [row for r in outcomes for row in published_rows(r, found[r.label])]

@@ -1,8 +1,10 @@
-"""PAPER.md names what exists and its equations are those that a source confirms."""
+"""PAPER.md names what exists, every equation that the code cites has its row, and no reference is a wrong one."""
 
 import ast
+import io
 import re
 import subprocess
+import tokenize
 from itertools import pairwise
 
 import pytest
@@ -11,7 +13,15 @@ from conftest import ROOT
 PAPER = (ROOT / "PAPER.md").read_text(encoding="utf-8")
 ROWS = [line for line in PAPER.splitlines() if line.startswith("| ")]
 NAMES = [(path, name) for path, _, name in re.findall(r"`([\w./-]+\.py)(::?)([\w.]+)`", PAPER)]
+TRACKED = subprocess.run(
+    ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+).stdout.split()
+CODE = [path for path in TRACKED if path.endswith(".py") and not path.startswith("tests/") and (ROOT / path).exists()]
+EQUATION = re.compile(r"\bEqs?\. ((?:\d+(?:, | and )?)+)")
+# Confirmed by the authors' code or in public; see PAPER.md.
 EQUATIONS = {"NeurIPS 2022": {8}, "ICLR 2024": {4, 5, 47, 57, 60}}
+CURVATURES = {"curvature", "_curve_derivatives", "curve_curvature"}
+SECTIONS = {"3", "4", "5.1", "5.2"}
 
 
 def defined(path):
@@ -26,6 +36,34 @@ def defined(path):
     return names
 
 
+def texts(path):
+    """(line, text) of every string and every block of comments of a file."""
+    found, block = [], []
+    tokens = tokenize.generate_tokens(io.StringIO((ROOT / path).read_text(encoding="utf-8")).readline)
+    for token in tokens:
+        if token.type == tokenize.COMMENT:
+            block.append(token)
+        elif token.type not in (tokenize.NL, tokenize.NEWLINE) and block:
+            found.append((block[0].start[0], " ".join(t.string.lstrip("# ") for t in block)))
+            block = []
+        if token.type == tokenize.STRING:
+            found.append((token.start[0], " ".join(token.string.split())))
+    return found
+
+
+def numbers(text):
+    return {int(n) for match in EQUATION.findall(text) for n in re.findall(r"\d+", match)}
+
+
+def within(path, line):
+    """{name: docstring} of the functions and classes that the line stands in, and of the file, ""."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    found = {"": ast.get_docstring(tree)}
+    found |= {n.name: ast.get_docstring(n) for n in nodes if n.lineno <= line <= n.end_lineno}
+    return {name: " ".join((text or "").split()) for name, text in found.items()}
+
+
 @pytest.mark.parametrize("path", sorted({path for path, _ in NAMES}))
 def test_every_function_and_test_that_paper_md_names_exists(path):
     assert (ROOT / path).exists(), f"{path} does not exist"
@@ -38,6 +76,41 @@ def test_every_row_of_paper_md_names_a_function_and_a_test():
     for row in rows:
         *_, code, test = row.strip("| ").split(" | ")
         assert re.search(r"`[\w./-]+\.py:\w+", code) and re.search(r"`tests/[\w./-]+\.py::test_\w+`", test), row
+
+
+@pytest.mark.parametrize("path", CODE)
+def test_every_equation_cited_has_its_row_and_names_its_paper(path):
+    """The paper's name stands in the same docstring or comment, or in a docstring around it."""
+    for line, text in texts(path):
+        for n in numbers(text):
+            papers = [paper for paper, known in EQUATIONS.items() if n in known]
+            assert papers, f"{path}:{line}: Eq. {n} is not known"
+            around = [text, *within(path, line).values()]
+            named = next((said for said in around if any(paper in said for paper in EQUATIONS)), "")
+            assert papers[0] in named, f"{path}:{line}: Eq. {n} is of {papers[0]}, which is not named"
+            assert any(row.startswith(f"| Eq. {n} |") for row in ROWS), f"PAPER.md has no row for Eq. {n}"
+
+
+@pytest.mark.parametrize("path", CODE)
+def test_no_reference_is_one_of_the_wrong_ones(path):
+    for line, text in texts(path):
+        where = f"{path}:{line}"
+        if numbers(text) & {47, 57, 60}:
+            assert set(within(path, line)) & CURVATURES, f"{where}: of the curvature, not the action"
+        for section in re.findall(r"\bSections? (\d+(?:\.\d+)*)", text):
+            assert section in SECTIONS, f"{where}: no source confirms Section {section}"
+        if "Section 5.2" in text or "Algorithm 1" in text:
+            assert path.startswith("learn-to-teleport/"), f"{where}: that is learning to teleport"
+        assert not re.search(r"\bAlgorithm [^1\W]", text) or path.startswith("learn-to-teleport/"), where
+
+
+@pytest.mark.parametrize("path", [path for path in TRACKED if path.endswith((".py", ".md")) or path == "Makefile"])
+def test_papers_are_named_in_words(path):
+    if path == "tests/test_paper.py" or not (ROOT / path).exists():
+        return
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for match in re.finditer(r"\b[Pp]apers? [A-D]\b", text):
+        raise AssertionError(f"{path}:{text[: match.start()].count(chr(10)) + 1}: {match[0]}")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """REPRODUCTION.md and the README say what results/ says, and name nothing that does not exist."""
 
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -214,6 +216,16 @@ def test_the_readme_is_read_in_a_minute():
         assert len(re.sub(r"\(\S*\)", "", row).replace("|", "").split()) <= 20, row
     headlines = [s for s in SECTIONS if s.claim.headline and report.load(s)]
     assert [s.claim.figure for s in headlines if f"#{report.anchor(s)})" not in "".join(findings)] == []
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.script)
+def test_a_rule_changes_with_its_date_alone(section):
+    """tests/golden/rules.json: every rule that a script has had, [date, SHA-256 of its text], the newest last."""
+    history = json.loads((ROOT / "tests" / "golden" / "rules.json").read_text()).get(section.script, [])
+    now = [section.claim.dated, hashlib.sha256(section.claim.rule.encode()).hexdigest()]
+    assert history and history[-1] == now, f"add {json.dumps(now)} to tests/golden/rules.json: the rule is new"
+    dates = [date for date, _ in history]
+    assert dates == sorted(set(dates)), "a rule that changes has a new date"
 
 
 def test_the_surprises_are_ten_at_most():

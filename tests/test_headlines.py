@@ -1,0 +1,126 @@
+"""The numbers of the README's findings, computed again from results/*.npz with numpy alone.
+
+Nothing of the scripts is used, so that a mistake in a judge or in its metrics shows.
+"""
+
+import re
+
+import numpy as np
+from conftest import ROOT
+from scipy import stats
+
+FINDINGS = re.search(r"begin: findings -->\n(.*?)<!-- end", (ROOT / "README.md").read_text(), flags=re.S)[1]
+
+
+def arrays(name):
+    with np.load(ROOT / "results" / f"{name}.npz", allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def said(figure):
+    """The cells of the finding whose evidence is this heading of REPRODUCTION.md: verdict and number."""
+    (row,) = [line for line in FINDINGS.splitlines() if f"REPRODUCTION.md#{figure}" in line]
+    _, verdict, number = row.strip("| ").split(" | ")
+    return re.match(r"\[(.*?)\]", verdict)[1], number
+
+
+def interval(differences):
+    """Mean and 95 % t interval."""
+    half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
+    return differences.mean(), differences.mean() - half, differences.mean() + half
+
+
+def text(triple, form):
+    middle, low, high = (format(x, form) for x in triple)
+    return f"{middle} [{low}, {high}]"
+
+
+def test_figure_5():
+    a, gaining = arrays("teleport_optimization_MNIST"), 0
+    for optimizer in ("AdaGrad", "momentum", "RMSprop", "Adam"):
+        loss = a[f"{optimizer}/train_loss"][..., 7]  # after epoch 8: (arm, rate, run)
+        teleport, baseline = loss[3], loss[0]
+        best = [arm[np.argmin(arm.mean(-1))] for arm in (teleport, baseline)]
+        pairs = ((teleport[0], baseline[0]), best)
+        gaining += all(interval(x - y)[2] < 0 for x, y in pairs)
+    verdict, number = said("figures-5-and-13")
+    assert number.startswith(f"{gaining} of 4 ")
+    assert verdict == {0: "does not hold", 4: "holds"}.get(gaining, "holds in part")
+
+
+def test_table_1():
+    labels = {"MNIST": "MNIST", "FashionMNIST": "Fashion-MNIST", "CIFAR10": "CIFAR-10 (JPEG)"}
+    runs = {label: arrays(f"correlation_{name}") for name, label in labels.items()}
+    r = {label: np.corrcoef(a["psi"], a["test_loss"])[0, 1] for label, a in runs.items()}
+    verdict, number = said("table-1")
+    assert number == "r(ψ) = " + ", ".join(f"{value:+.2f} ({label})" for label, value in r.items())
+    assert all(np.corrcoef(a["phi"], a["test_loss"])[0, 1] > 0.6 for a in runs.values()) and verdict == "holds in part"
+
+
+def test_figure_4():
+    """Member 0: no teleport; 9: to larger curvature, after the eight arms of sharpness."""
+    better = []
+    for dataset in ("MNIST", "FashionMNIST", "CIFAR10"):
+        final = arrays(f"teleport_sharpness_curvature_{dataset}")["test_loss"][..., -1]
+        triple = interval(final[9] - final[0])
+        better.append(triple[2] < 0)
+        if dataset == "MNIST":
+            assert text(triple, "+.4f") in said("figure-4")[1]
+    assert not any(better) and said("figure-4")[0] == "does not hold"
+
+
+def test_figure_6():
+    a = arrays("learn_to_teleport")
+    with_, without = (a[f"{key}/loss"][0, a[f"{key}/chosen"][0], :, -1] for key in ("update_teleport", "update"))
+    triple = np.exp(interval(np.log(with_ / without)))
+    assert text(triple, ".3g") in said("figure-6")[1]
+    assert triple[1] < 1 < triple[2] and said("figure-6")[0] == "holds in part"
+
+
+def test_regression():
+    final = arrays("multi_layer_regression")["GD_rates/loss"][..., -1]  # (arm, rate, run)
+    best = [final[arm, np.argmin(final[arm].mean(-1))] for arm in (3, 0)]
+    assert text(interval(best[0] - best[1]), "+.3f") in said("regression")[1]
+
+
+def test_sampling():
+    a = arrays("random_search_FashionMNIST")
+    final = {arm: a[f"{arm}/train_loss"][:, -1] for arm in ("baseline", "search", "random", "rescaling", "lr x10")}
+    verdict, number = said("sampling")
+    assert number == f"{final['search'].mean():.3f}; one random element {final['random'].mean():.3f}"
+    assert interval(final["search"] - final["baseline"])[2] < 0 and verdict == "holds in part"
+    assert final["rescaling"].mean() < final["search"].mean()  # why not more than in part
+
+
+def test_gradient_flow_conserves_q():
+    """The drift of Q at equal flow time against the step size, on logarithmic axes: its slope."""
+    a, rates, slopes = arrays("Q_dynamics_elementwise"), np.array([0.1, 0.01, 0.001]), []
+    for activation in ("linear", "relu", "tanh", "sigmoid"):
+        steps, Q = a[f"{activation}_steps"], a[f"{activation}_Q"]
+        at = [np.searchsorted(steps, round(steps[-1] * rates[-1] / rate)) for rate in rates]
+        slopes.append(np.polyfit(np.log(rates), np.log(abs(Q[range(3), at] - Q[:, 0])), 1)[0])
+    verdict, number = said("q-dynamics")
+    assert number.endswith(f"{min(slopes):.2f} to {max(slopes):.2f}") and verdict == "holds"
+    assert all(abs(slope - 1) < 0.1 for slope in slopes)
+
+
+def test_attacks():
+    either = arrays("adversarial_cifar_CIFAR10")["FGSM"][:, 2]  # (run, model, radius)
+    original, group = (100 * either[:, model, -1].mean() for model in (0, 1))
+    assert said("attacks")[1] == f"{group:.1f} against {original:.1f} % under either FGSM"
+    assert interval(either[:, 1, -1] - either[:, 0, -1])[1] > 0
+
+
+def test_every_finding_is_computed_again():
+    """A headline that is added needs a test here."""
+    tests = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    known = {"figures-5-and-13": "figure_5", "figure-4": "figure_4", "figure-6": "figure_6", "regression": "regression"}
+    known |= {
+        "table-1": "table_1",
+        "sampling": "sampling",
+        "q-dynamics": "gradient_flow_conserves_q",
+        "attacks": "attacks",
+    }
+    anchors = re.findall(r"REPRODUCTION\.md#([\w-]+)\)", FINDINGS)
+    missing = [anchor for anchor in anchors if not any(anchor.startswith(k) and t in tests for k, t in known.items())]
+    assert missing == []
