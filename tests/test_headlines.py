@@ -111,6 +111,13 @@ def test_attacks():
     assert interval(either[:, 1, -1] - either[:, 0, -1])[1] > 0
 
 
+def test_rotation():
+    loss = {arm: arrays("rotation_mnist-mini")[f"rotated.{arm}/tuned_train_loss"] for arm in ("every_2", "none")}
+    one_number = {arm: np.log(curves).mean(1) for arm, curves in loss.items()}  # (runs,)
+    change = [100 * np.expm1(x) for x in interval(one_number["every_2"] - one_number["none"])]
+    assert said("rotation") == ("holds", text(change, "+.1f") + " %")
+
+
 def test_every_finding_is_computed_again():
     """A headline that is added needs a test here."""
     tests = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
@@ -120,6 +127,7 @@ def test_every_finding_is_computed_again():
         "sampling": "sampling",
         "q-dynamics": "gradient_flow_conserves_q",
         "attacks": "attacks",
+        "rotation": "rotation",
     }
     anchors = re.findall(r"REPRODUCTION\.md#([\w-]+)\)", FINDINGS)
     missing = [anchor for anchor in anchors if not any(anchor.startswith(k) and t in tests for k, t in known.items())]
