@@ -394,7 +394,7 @@ def difference(values, reference, level=0.95):
 
 def verdict(interval, smaller_is_better=True):
     """better, worse, or no difference: whether the 95 % interval (mean, low, high) excludes zero. "?" for one seed."""
-    _, low, high = interval
+    low, high = np.array(interval[1:], float)  # a bound of None is NaN
     if np.isnan(low) or low <= 0 <= high:
         return "?" if np.isnan(low) else "no difference"
     return "better" if (high < 0) == smaller_is_better else "worse"
