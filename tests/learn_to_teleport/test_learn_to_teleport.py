@@ -80,7 +80,7 @@ def test_results_are_what_the_table_needs(tiny):
 def test_figures_are_linked_from_the_script_s_folder(tiny):
     folder = tiny("learn-to-teleport/multi_layer_regression.py")[0].folder
     links = sorted((folder / "learn-to-teleport" / "figures" / "tiny").iterdir())
-    assert len(links) == 4
+    assert len(links) == 6  # three figures, PDF and PNG
     for link in links:
         assert link.is_symlink() and not Path(os.readlink(link)).is_absolute()
         assert link.resolve() == (folder / "figures" / "tiny" / link.name).resolve() and link.exists()
