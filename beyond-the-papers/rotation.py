@@ -227,10 +227,7 @@ def effects(arrays, s):
         others = [arm for arm in arms(setting, s) if arm != "none"]
         return compared(arrays, [(f"{setting}.{arm}", f"{setting}.none") for arm in others], rates, measure)
 
-    return {
-        setting: {r: {m: against_none(setting, r, m) for m in MEASURES} for r in rates_of(setting, s)}
-        for setting in s.settings
-    }
+    return {n: {r: {m: against_none(n, r, m) for m in MEASURES} for r in rates_of(n, s)} for n in s.settings}
 
 
 def against_peers(arrays, s):
@@ -279,8 +276,8 @@ def judge(outcome):
     return Verdict(
         UNDECIDED if training["every_2"]["word"] == UNDECIDED else word,
         "; ".join(filter(None, [*reasons, "random rotations help too" if random else ""])),
-        f"With rate and ratio tuned, a rotation every 2 steps changes the training loss by "
-        f"{say(training['every_2'])}, the held-out loss by {say(held_out['every_2'])} against Adam (LoRA+)"
+        f"With rate and ratio tuned, a rotation every 2 steps changes LoRA's training loss by "
+        f"{say(training['every_2'])}, its held-out loss by {say(held_out['every_2'])} against Adam's (LoRA+)"
         + (f"; random rotations {say(training['random_2'])}" if "random_2" in training else "")
         + (f"; SOAP on the factors {say(training['soap'])}, {say(held_out['soap'])}." if "soap" in training else "."),
         details=[
@@ -288,8 +285,16 @@ def judge(outcome):
             *(f"{n}, every_2 against {peer}: {both(peers[n], peer)}" for n in tuned for peer in peers[n]["held_out"]),
         ],
         number=say(training["every_2"]),
+        surprise=surprise(training),
         published=prototype(effects),
     )
+
+
+def surprise(training):
+    if not {"reset", "once"} <= set(training):
+        return ""
+    once, reset = (say(training[arm]) for arm in ("once", "reset"))
+    return f"Forgetting Adam's moments after step 10 changes LoRA+'s training loss by {reset}, one rotation by {once}."
 
 
 def both(found, arm):
@@ -321,9 +326,13 @@ def prototype(effects):
 
 def plot(outcome, s, save):
     save(plot_curves(outcome, s))
-    save(plot_effects(outcome.metrics["effects"][s.settings[0]], s), "arms")
-    if len(s.settings) > 1:
-        save(plot_settings(outcome.metrics["effects"], s), "settings")
+    found, (first, *others) = outcome.metrics["effects"], s.settings
+    rates = {"one rate": "plain", "rate and ratio tuned": "tuned"}
+    series = {label: lambda m, arm, r=r: found[first][r][m][arm] for label, r in rates.items()}
+    save(plot_intervals([arm for arm in s.arms if arm != "none"], series, "Adam (none)"), "arms")
+    series = {arm: lambda m, n, arm=arm: found[n]["tuned"][m][arm] for arm in ("every_2", "soap")}
+    if others:
+        save(plot_intervals(s.settings, series, "Adam (LoRA+)"), "settings")
 
 
 def plot_curves(outcome, s):
@@ -344,38 +353,21 @@ def plot_curves(outcome, s):
     return figure
 
 
-def plot_effects(found, s):
-    """Every arm against none in the first setting: mean and 95 % interval."""
-    names = [a for a in s.arms if a != "none"]
+def plot_intervals(names, series, against):
+    """Mean and 95 % interval for every name, both measures; series: {label: (measure, name) -> what it does}."""
     figure, axes = plots.panels(1, 2, width=4.2, height=1.2 + 0.28 * len(names), sharey=True)
-    for ax, measure, title in zip(axes[0], ("train_loss", "held_out"), ("training loss", "held-out loss")):
-        for shift, (rates, label) in enumerate((("plain", "one rate"), ("tuned", "rate and ratio tuned"))):
-            errors(ax, [found[rates][measure][a] for a in names], shift, label)
-        ax.set(title=title, xlabel="against Adam (none), %, 95 % interval", yticks=range(len(names)), yticklabels=names)
+    for ax, measure, title in zip(axes[0], MEASURES, ("training loss", "held-out loss")):
+        for k, (label, effect) in enumerate(series.items()):
+            found = [effect(measure, name) for name in names]
+            mean, low, high = (np.array([percent(e[key]) for e in found]) for key in ("effect", "low", "high"))
+            look = {"color": plots.COLORS[k + 1], "marker": plots.MARKERS[k], "linestyle": "none", "markersize": 4}
+            y = np.arange(len(names)) + 0.24 * k - 0.12
+            ax.errorbar(mean, y, xerr=[mean - low, high - mean], label=label, capsize=2, **look)
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.set(title=title, xlabel=f"against {against}, %, 95 % interval", yticks=range(len(names)), yticklabels=names)
     axes[0, 0].invert_yaxis()
-    axes[0, 1].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside upper right", ncols=2)
     return figure
-
-
-def plot_settings(found, s):
-    """The rotation and its nearest peer in every setting, rate and ratio tuned."""
-    figure, axes = plots.panels(1, 2, width=4.2, height=1.2 + 0.28 * len(s.settings), sharey=True)
-    for ax, measure, title in zip(axes[0], ("train_loss", "held_out"), ("training loss", "held-out loss")):
-        for shift, arm in enumerate(("every_2", "soap")):
-            errors(ax, [found[n]["tuned"][measure][arm] for n in s.settings], shift, arm)
-        ax.set(title=title, xlabel="against Adam (LoRA+), %, 95 % interval")
-        ax.set(yticks=range(len(s.settings)), yticklabels=s.settings)
-    axes[0, 0].invert_yaxis()
-    axes[0, 1].legend(fontsize=8)
-    return figure
-
-
-def errors(ax, found, shift, label):
-    mean, low, high = (np.array([percent(e[k]) for e in found]) for k in ("effect", "low", "high"))
-    y = np.arange(len(found)) + 0.24 * shift - 0.12
-    look = {"color": plots.COLORS[shift + 1], "marker": plots.MARKERS[shift], "linestyle": "none", "markersize": 4}
-    ax.errorbar(mean, y, xerr=[mean - low, high - mean], label=label, capsize=2, **look)
-    ax.axvline(0, color="black", linewidth=0.8)
 
 
 def report(outcome, s):
