@@ -110,10 +110,7 @@ def experiment(run):
             "loss_end": loss[:, -1],
             "steps_to_threshold": [crossing(part["steps"], row, s.threshold) for row in loss],
             "control_loss_drift": np.abs(loss[len(s.stds) :, 0] - loss[s.base, 0]).max(),  # of moving along the orbit
-            "relations": {
-                name: relations.relation(*pair)
-                for name, *pair in zip(relations.SETS, part["starts_Q"], part["starts_steps"])
-            },
+            "relations": relations.of_sets(part["starts_Q"], part["starts_steps"]),
         }
     return Outcome(metrics, arrays, seeds=[s.seed])
 
@@ -152,14 +149,13 @@ def many_starts(s, U, V, activation):
 
 def judge(outcome):
     m, s = outcome.metrics, outcome.settings
-    verdict = relations.judge({name: v["relations"] for name, v in m.items()}, "the steps")
     details = [
         f"{name}, steps to loss {s.threshold:g} from the published starts: "
         + ", ".join(f"Q = {Q:.4g}: {count(n)}" for Q, n in zip(v["Q_start"][: len(s.stds)], v["steps_to_threshold"]))
         + "."
         for name, v in m.items()
     ]
-    return verdict._replace(details=[*verdict.details, *details, OLD])
+    return relations.judge({name: v["relations"] for name, v in m.items()}, "the steps", [*details, OLD])
 
 
 def plot(outcome, s, save):

@@ -109,10 +109,7 @@ def experiment(run):
             "largest_other": part["largest_other"],  # beyond the mn: zero at zero loss
             "control_loss_drift": np.abs(part["loss"][len(s.stds) :] - part["loss"][s.base]).max(),
             "minima_loss": part["minima_loss"].max(1),
-            "relations": {
-                name: relations.relation(*pair)
-                for name, *pair in zip(relations.SETS, part["minima_Q"], part["minima_largest"])
-            },
+            "relations": relations.of_sets(part["minima_Q"], part["minima_largest"]),
         }
     return Outcome(metrics, arrays, seeds=[s.seed])
 
@@ -129,14 +126,13 @@ def many_minima(s, U, V, Y, activation, steps):
 
 def judge(outcome):
     m, s = outcome.metrics, outcome.settings
-    verdict = relations.judge({name: v["relations"] for name, v in m.items()}, "the largest eigenvalue")
     details = [
         f"{name}, largest eigenvalue at the minima of the published starts: "
         + ", ".join(f"{e:.3g} (Q = {Q:.4g})" for Q, e in zip(v["Q"][: len(s.stds)], v["largest"]))
         + "."
         for name, v in m.items()
     ]
-    return verdict._replace(details=[*verdict.details, *details, OLD])
+    return relations.judge({name: v["relations"] for name, v in m.items()}, "the largest eigenvalue", [*details, OLD])
 
 
 def plot(outcome, s, save):

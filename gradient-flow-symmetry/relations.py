@@ -56,6 +56,11 @@ def stds_of(name: str, stds: Sequence[float], base: int, count: int) -> np.ndarr
     return np.linspace(min(stds), max(stds), count) if name == "draws" else np.full(count, stds[base])
 
 
+def of_sets(Q: np.ndarray, values: np.ndarray) -> dict:
+    """{set: relation} of values with Q, both (sets, count), in the order of SETS."""
+    return {name: relation(*pair) for name, *pair in zip(SETS, Q, values)}
+
+
 def relation(Q: np.ndarray, values: np.ndarray) -> dict:
     """Spearman's correlation of values, (count,), with Q and with |Q|."""
     return {name: correlation(x, values, rank=True)._asdict() for name, x in (("Q", Q), ("abs_Q", np.abs(Q)))}
@@ -75,8 +80,8 @@ def scatter(axes: Sequence, values: dict, label: str) -> None:
     axes[0].legend(fontsize=7, handlelength=1)
 
 
-def judge(relations: dict, what: str) -> Verdict:
-    """relations: {activation: {set: relation(…)}}; what: the quantity, for the sentence."""
+def judge(relations: dict, what: str, more: Sequence[str] = ()) -> Verdict:
+    """relations: {activation: of_sets(…)}; what: the quantity, for the sentence; more: details to follow."""
     cases = [(name, where) for name in relations for where in DECIDE]
     stronger = {case: _stronger(relations[case[0]][case[1]]) for case in cases}
     # Q and |Q| are two tries each: both count in the family.
@@ -94,7 +99,7 @@ def judge(relations: dict, what: str) -> Verdict:
         f"Spearman's ρ of {what} with Q or |Q|, the stronger, over {n} points of one orbit: "
         f"{_cells(stronger, 'orbit')}; over {n} random draws: {_cells(stronger, 'draws')}.",
         [_detail(name, relations[name], what) for name in relations]
-        + [f"{n} starts find a correlation of {detectable_correlation(n):.2f} with 80 % power."],
+        + [f"{n} starts find a correlation of {detectable_correlation(n):.2f} with 80 % power.", *more],
         surprise=_turned(relations),
         number=f"weakest ρ {min(abs(c['r']) for c in stronger.values()):.2f} of {len(cases)}",
     )
