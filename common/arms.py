@@ -40,9 +40,7 @@ class Stack:
     seconds: (A,), of all moves so far.
     """
 
-    def __init__(
-        self, arms: Sequence[Arm], weights: Sequence[Tensor], optimizer: str, rates: Any, moves: int, **options: Any
-    ) -> None:
+    def __init__(self, arms: Sequence[Arm], weights: Sequence[Tensor], optimizer: str, rates: Any, moves: int) -> None:
         first = weights[0]
         rates = torch.as_tensor(rates, dtype=first.dtype)
         self.arms, self.shape = tuple(arms), (*rates.shape, len(first))
@@ -50,7 +48,7 @@ class Stack:
         factors = torch.tensor([arm.rate for arm in self.arms], dtype=first.dtype)
         rates = factors.view(-1, *(1 for _ in self.shape)) * rates[..., None]
         weights = [W.expand(*every, *W.shape[-2:]).flatten(0, len(self.shape)) for W in weights]
-        self.net = StackedMLP(weights, optimizer, rates.expand(every).flatten().to(first.device), **options)
+        self.net = StackedMLP(weights, optimizer, rates.expand(every).flatten().to(first.device))
         self.loss, self.objective = (torch.zeros(*every, moves, 2, dtype=torch.float64) for _ in range(2))
         self.seconds = torch.zeros(len(self.arms), dtype=torch.float64)
         self._aside = 0.0  # seconds of evaluations, which are nobody's training

@@ -24,7 +24,6 @@ def batch_loss(X: Tensor, labels: Tensor, activation: Activation) -> Callable[[S
     X (d_0, n) or (*E, d_0, n), labels (n,) or (*E, n), weights W_m (*E, d_m, d_{m-1}). The loss of `teleport.forward`
     without its checks, so that a member that has diverged (its loss is NaN) does not stop the others.
     """
-
     return lambda weights: cross_entropy(_output(weights, X, activation), labels)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu
 
 from common import UserError
+from common.arms import clock
 
 SLOPE = 0.1  # of σ, the leaky ReLU
 FIRST_RATE = 1e-4  # learning rate of the first step, when no core has written one yet
@@ -351,11 +352,11 @@ def meta_test(meta, problem, steps, generator=None, measure_drift=True):
     after each point (steps + 1; with measure_drift they include the two losses that it takes).
     """
     body, rates, drifts, seconds = Unroll(meta, problem, generator), [], [], []
-    start = _clock(body.W)
+    start = clock(body.W.device)
     for step in range(steps + 1):
         rates.append(torch.as_tensor(body.rate if meta.learns_rate else 1.0).expand(len(body.W), body.S, 1, 1, 1))
         body.local_update()
-        seconds.append(_clock(body.W) - start)
+        seconds.append(clock(body.W.device) - start)
         if step < steps:
             before = body.W
             body.teleport()
@@ -392,9 +393,3 @@ def _describe(meta, good, where):
     bad = [member for member, fine in zip(meta.members, good.all(-1).all(0)) if not fine]
     names = ", ".join(f"{arm.name} (meta-seed {seed})" for arm, seed in bad)
     return f"meta-training diverged in {where}: {names}: a loss is not finite or beyond {DIVERGED:g} times the first"
-
-
-def _clock(tensor):
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-    return time.perf_counter()
