@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from test_teleport import LEAKY, losses
 from torch import func
 from torch.testing import assert_close
 
 import teleport as tp
 from common import published
-from common.losses import cross_entropy
 from teleport import (
     IDENTITY,
     RELU,
@@ -15,15 +15,11 @@ from teleport import (
     TANH,
     curvature,
     curve_curvature,
-    forward,
     hidden_layers,
-    leaky_relu,
     postactivation_action,
     preactivation_action,
     sharpness,
 )
-
-LEAKY = leaky_relu(0.1)
 
 
 def random_network(dims, *E, seed=0):
@@ -31,10 +27,6 @@ def random_network(dims, *E, seed=0):
     weights = tuple(torch.randn(*E, o, i, generator=generator).double() / i**0.5 for i, o in zip(dims, dims[1:]))
     elements = tuple(torch.rand(d, d, generator=generator).double() for d in dims[1:-1])
     return weights, elements, generator
-
-
-def loss_on(x, labels):
-    return lambda weights: cross_entropy(forward(weights, x, LEAKY), labels)
 
 
 def member(weights, i):
@@ -149,7 +141,7 @@ def test_curvature_refuses_bad_input():
 def test_sharpness_golden(golden):
     s = golden("sharpness")
     weights = (s["W0"], s["W1"], s["W2"])
-    loss = loss_on(s["X"], s["Y"])
+    loss = losses(s["X"], s["Y"])
     assert abs(sharpness(weights, loss, s["directions"], s["radii"]) / s["mean"] - 1) < 1e-9
     for direction, radius, expected in zip(s["directions"], s["radii"], s["losses"]):
         assert abs(sharpness(weights, loss, direction[None], radius[None]) / expected - 1) < 1e-9
@@ -166,14 +158,14 @@ def perturbed_networks(dims, members, samples, k):
 
 def test_sharpness_member_by_member():
     weights, x, labels, directions, radii = perturbed_networks((6, 5, 4, 3), 3, 7, 4)
-    phi = sharpness(weights, loss_on(x, labels), directions, radii, chunk_size=3)
+    phi = sharpness(weights, losses(x, labels), directions, radii, chunk_size=3)
     for i in range(3):
-        losses = []
+        around = []
         for d, r in zip(directions, radii):
             flat = torch.cat([W[i].flatten() for W in weights]) + r * d / d.norm()
             parts = flat.split([W[i].numel() for W in weights])
-            losses.append(loss_on(x, labels)(tuple(p.view(W[i].shape) for p, W in zip(parts, weights))))
-        assert_close(phi[i], torch.stack(losses).mean(), rtol=1e-12, atol=0)
+            around.append(losses(x, labels)(tuple(p.view(W[i].shape) for p, W in zip(parts, weights))))
+        assert_close(phi[i], torch.stack(around).mean(), rtol=1e-12, atol=0)
 
 
 def test_sharpness_refuses_bad_input():
@@ -188,7 +180,7 @@ def test_sharpness_refuses_bad_input():
         ((weights[0] * nan, *weights[1:]), directions, radii, "W_1 has values that are not finite"),
     ):
         with pytest.raises(ValueError, match=message):
-            sharpness(network, loss_on(x, labels), d, r)
+            sharpness(network, losses(x, labels), d, r)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

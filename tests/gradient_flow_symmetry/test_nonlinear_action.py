@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,10 +17,6 @@ from nonlinear_action import data_dependent_action, from_spherical, r_matrix, to
 
 SIGMAS = [se.LEAKY_RELU, se.SQUARED_LEAKY_RELU]
 ids = [sigma.name for sigma in SIGMAS]
-
-
-def normal(*size, seed=0):
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_recorded_spherical_coordinates_and_r_matrix(golden):
@@ -61,19 +57,19 @@ def test_r_matrix_is_batched_and_keeps_the_sign_of_the_last_entry():
 @pytest.mark.parametrize("n", [1, 5, 16])
 @pytest.mark.parametrize("minimal_change", [False, True])
 def test_pi_is_exact_on_its_batch_up_to_the_width(sigma, n, minimal_change):
-    g, H, U = torch.linalg.matrix_exp(normal(4, 16, 16) / 4), normal(4, 16, n, seed=1), normal(10, 16, seed=2)
+    g, H, U = torch.linalg.matrix_exp(normal(0, 4, 16, 16) / 4), normal(1, 4, 16, n), normal(2, 10, 16)
     pi = data_dependent_action(g, H, sigma, minimal_change)
     before, after = U @ sigma.f(H), U @ pi @ sigma.f(g @ H)
     assert ((after - before).norm() / before.norm()) <= 1e-9
-    new = normal(4, 16, 50, seed=3)
+    new = normal(3, 4, 16, 50)
     assert ((U @ pi @ sigma.f(g @ new) - U @ sigma.f(new)).norm() / (U @ sigma.f(new)).norm()) > 1e-2
 
 
 @pytest.mark.parametrize("sigma", SIGMAS, ids=ids)
 @pytest.mark.parametrize("n", [16, 40])
 def test_pi_is_what_the_preactivation_action_does_to_U_at_full_row_rank(sigma, n):
-    U, V, x = normal(10, 16), normal(16, 30, seed=1), normal(30, n, seed=2)
-    g = torch.linalg.matrix_exp(normal(16, 16, seed=3) / 4)
+    U, V, x = normal(0, 10, 16), normal(1, 16, 30), normal(2, 30, n)
+    g = torch.linalg.matrix_exp(normal(3, 16, 16) / 4)
     expected, _ = preactivation_action(U, V, x, g, sigma)
     for minimal_change in (False, True):
         moved = U @ data_dependent_action(g, V @ x, sigma, minimal_change)
@@ -81,7 +77,7 @@ def test_pi_is_what_the_preactivation_action_does_to_U_at_full_row_rank(sigma, n
 
 
 def test_pi_for_few_samples_is_the_formula_or_keeps_what_it_does_not_see():
-    g, H, sigma = torch.linalg.matrix_exp(normal(8, 8) / 3), normal(8, 3, seed=1), leaky_relu(0.1)
+    g, H, sigma = torch.linalg.matrix_exp(normal(0, 8, 8) / 3), normal(1, 8, 3), leaky_relu(0.1)
     formula = sigma.f(H) @ torch.linalg.pinv(sigma.f(g @ H))
     torch.testing.assert_close(data_dependent_action(g, H, sigma), formula)
     assert torch.linalg.matrix_rank(data_dependent_action(g, H, sigma)) == 3
@@ -90,12 +86,12 @@ def test_pi_for_few_samples_is_the_formula_or_keeps_what_it_does_not_see():
 
 
 def test_pi_rejects_bad_input():
-    H = normal(4, 3)
+    H = normal(0, 4, 3)
     with pytest.raises(ValueError, match="expected 4×4"):
-        data_dependent_action(normal(3, 3), H, TANH)
+        data_dependent_action(normal(0, 3, 3), H, TANH)
     with pytest.raises(ValueError, match="g: not finite"):
-        data_dependent_action(normal(4, 4) / 0, H, TANH)
+        data_dependent_action(normal(0, 4, 4) / 0, H, TANH)
     with pytest.raises(ValueError, match="H: not finite"):
-        data_dependent_action(normal(4, 4), H * torch.nan, TANH)
+        data_dependent_action(normal(0, 4, 4), H * torch.nan, TANH)
     with pytest.raises(ValueError, match="g is singular"):
         data_dependent_action(torch.zeros(4, 4, dtype=torch.float64), H, TANH, minimal_change=True)

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, normal
 
 sys.path.insert(0, str(ROOT / "gradient-flow-symmetry"))
 
@@ -14,10 +14,6 @@ import symmetry_ensemble as se
 SHAPE = (1, 6, 8)
 SIGMAS = [se.LEAKY_RELU, se.SQUARED_LEAKY_RELU]
 ids = [sigma.name for sigma in SIGMAS]
-
-
-def normal(*size, seed=0):
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.fixture
@@ -110,7 +106,7 @@ def test_batches_are_dealt_in_order_and_again_from_the_start():
 
 def test_controls():
     n, sigma, eye = 5, se.LEAKY_RELU, torch.eye(16, dtype=torch.float64)
-    draws, H = se.draw(n, 0), normal(n, 16, 16)
+    draws, H = se.draw(n, 0), normal(0, n, 16, 16)
     g, pi = se.ensemble("group", draws, 0.5, H, sigma)
     torch.testing.assert_close(g, torch.linalg.matrix_exp(0.5 * draws.T))
     assert (draws.P.sum(1) == 1).all() and (draws.P.sum(2) == 1).all()
@@ -134,14 +130,14 @@ def test_draws_depend_on_the_seed_alone():
 
 
 def test_votes_and_losses_are_those_of_the_first_members(net):
-    outputs, y, counts = normal(9, 10, 30), torch.arange(30) % 10, (1, 4, 9)
+    outputs, y, counts = normal(0, 9, 10, 30), torch.arange(30) % 10, (1, 4, 9)
     votes, losses = se.vote(outputs, counts), se.losses(outputs, y, counts)
     for i, count in enumerate(counts):
         assert torch.equal(votes[i], outputs[:count].argmax(1).mode(0).values)
         probability = outputs[:count].softmax(1).mean(0)
         torch.testing.assert_close(losses[i], F.nll_loss(probability.log().T, y, reduction="none"))
-    H = normal(16, 250, seed=1)
-    members = normal(7, 16, 16, seed=2), normal(7, 16, 16, seed=3)
+    H = normal(1, 16, 250)
+    members = normal(2, 7, 16, 16), normal(3, 7, 16, 16)
     whole = se.vote(se.logits(net, members, H, se.LEAKY_RELU), [7])[0]
     assert torch.equal(se.predict(net, members, H, se.LEAKY_RELU), whole)
 
@@ -157,13 +153,13 @@ def test_input_gradient_is_that_of_the_ensembles_loss(net, images):
     def loss(x):
         return se.losses(se.logits(net, members, se.hidden_input(net, x, SHAPE), se.LEAKY_RELU), y, [6]).sum()
 
-    direction = normal(*x.shape, seed=4)
+    direction = normal(4, *x.shape)
     difference = (loss(x + 1e-7 * direction) - loss(x - 1e-7 * direction)) / 2e-7
     assert abs(difference - (gradient * direction).sum()) <= 1e-4 * difference.abs()  # a kink may lie in between
 
 
 def test_fgsm_moves_every_pixel_by_the_radius_and_stays_in_range():
-    w, x = normal(20), torch.rand(3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w, x = normal(0, 20), torch.rand(3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     still, moved = se.fgsm(lambda z: w.expand_as(z), x, [0.0, 0.1])
     assert torch.equal(still, x)
     torch.testing.assert_close(moved, (x + 0.1 * w.sign()).clamp(0, 1))
