@@ -38,23 +38,21 @@ class Teleporter:
     model), Pair and Attention (given by hand); or ["preactivation"] or ["postactivation"]; or "low_rank" with objective
     "gradient_eigenbasis" and an optimizer, which rotates the inner spaces of a LoRA (low_rank.py): `step()` then takes
     nothing and goes between optimizer.step() and zero_grad(), `low_rank` is the LowRankRotation. objective:
-    "gradient_norm",
-    ‖∂L/∂W‖² over all trainable parameters, or objective(loss, parameters) -> scalar, parameters {name: tensor}, which
-    must be differentiable in them (through torch.autograd.grad(..., create_graph=True) if it uses gradients). maximize:
-    False makes it smaller. bound: one step scales every channel, and every singular value of an attention element, by a
-    factor within [1/bound, bound]; of a data-dependent action, log(bound) is the Frobenius norm of its tangent. With 2,
-    the default, rescalings are by powers of two, which floating point does without any rounding. optimizer: one or a
-    list; what it remembers moves to what it would be had the past gradients been taken at the moved weights (state.py;
-    a tensor of unknown kind is an error unless on_unknown_state is "keep" or "reset", to zero). What cannot move
-    exactly, as coupled weight decay, is printed with the symmetries, or with strict=True an error. averaged: a copy of
-    the model that averages its weights (torch.optim.swa_utils.AveragedModel, an EMA, a dict), or a list of them; it
-    moves too. tolerance: the drift
-    allowed, relative to 1 + |loss|, and the change of the output, relative to its size. inputs: what `step` takes; with
-    them one run is followed operation by operation (tracing.py), which finds the most, and the symmetries are tried at
-    once, otherwise before the first step: each is moved by a random element, on the model with disturbed weights in
-    float64 (in its own dtype where that fails), which is then put back; one that changes the output is left alone. That
-    costs three forward passes, once. total_bound: the largest factor since the
-    start, of all moves together.
+    "gradient_norm", ‖∂L/∂W‖² over all trainable parameters, or objective(loss, parameters) -> scalar, parameters {name:
+    tensor}, which must be differentiable in them (through torch.autograd.grad(..., create_graph=True) if it uses
+    gradients). maximize: False makes it smaller. bound: one step scales every channel, and every singular value of an
+    attention element, by a factor within [1/bound, bound]; of a data-dependent action, log(bound) is the Frobenius norm
+    of its tangent. With 2, the default, rescalings are by powers of two, which floating point does without any
+    rounding. optimizer: one or a list; what it remembers moves to what it would be had the past gradients been taken at
+    the moved weights (state.py; a tensor of unknown kind is an error unless on_unknown_state is "keep" or "reset", to
+    zero). What cannot move exactly, as coupled weight decay, is printed with the symmetries, or with strict=True an
+    error. averaged: a copy of the model that averages its weights (torch.optim.swa_utils.AveragedModel, an EMA, a
+    dict), or a list of them; it moves too. tolerance: the drift allowed, relative to 1 + |loss|, and the change of the
+    output, relative to its size. inputs: what `step` takes; with them one run is followed operation by operation
+    (tracing.py), which finds the most, and the symmetries are tried at once, otherwise before the first step: each is
+    moved by a random element, on the model with disturbed weights in float64 (in its own dtype where that fails), which
+    is then put back; one that changes the output is left alone. That costs three forward passes, once. total_bound: the
+    largest factor since the start, of all moves together.
 
     Attributes: symmetries, a list of Symmetry (or HiddenAction); left_alone, {writers: why their output stays}.
 
