@@ -111,7 +111,6 @@ def experiment(run):
     before = run.parts(start, {"start": None})[0]["start"]
     weights = unpack(before, run.device)
     moves = run.parts(lambda _: move_all(s, weights, seeds, x, data.y), {"teleports": None})[0]["teleports"]
-
     rates = {arm.name: arm.rate for arm in RATES}
 
     def train(arm):
@@ -122,7 +121,8 @@ def experiment(run):
         probe = probe_gradient(net, x[: s.probe], data.y[: s.probe])
         for _ in run.progress(range(s.epochs - s.teleport_epoch), desc=arm, unit="epoch"):
             values = (train_epoch(net, x, data.y, s.batch), *net.evaluate(x_test, data.y_test))
-            curves = {key: [*curves[key], value] for key, value in zip(curves, values)}
+            for key, value in zip(curves, values):
+                curves[key].append(value)
         return {"whole_loss": whole_loss, "probe": probe, **{k: torch.stack(v, -1) for k, v in curves.items()}}
 
     parts, _ = run.parts(train, {arm: arm for arm in ARMS})
