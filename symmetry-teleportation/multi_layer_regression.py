@@ -157,21 +157,21 @@ def train_arms(s, optimizer, W, X, Y, factors):
     o, loss_fn = OPTIMIZERS[optimizer], half_squared_error(X, Y, ACTIVATION)
     lr = o.lr * torch.tensor(factors, dtype=X.dtype, device=X.device)[:, None].expand(-1, s.seeds)
     W = tuple(V.expand(len(factors), *V.shape) for V in W)
-    stay = lambda weights: weights  # noqa: E731
-    train(s, optimizer, W, loss_fn, lr, stay)  # warm up, so that the seconds compare
-    plain = train(s, optimizer, W, loss_fn, lr, stay)
-    path, losses = plain[2], plain[0]
-    at_teleport = path[s.teleport_epoch]
-    published = dict(activation=ACTIVATION, lr=o.lr_teleport, steps=o.steps)
-    after = teleport_postactivation(at_teleport, X, loss_fn, **published).loss_after
+
+    def run(move):
+        return train(s, optimizer, W, loss_fn, lr, move)
+
+    run(lambda weights: weights)  # warm up, so that the seconds compare
+    losses, _, path, _ = baseline = run(lambda weights: weights)
+    stale = dict(activation=ACTIVATION, lr=o.lr_teleport, steps=o.steps)
+    published = run(lambda W: teleport_postactivation(W, X, loss_fn, **stale).weights)
+    dropped = published[0][..., s.teleport_epoch]  # the loss after the teleport
     moves = {
-        "published": lambda W: teleport_postactivation(W, X, loss_fn, **published).weights,
-        "drift only": lambda W: free_decrease(path, losses, after, s.teleport_epoch, loss_fn),
+        "drift only": lambda W: free_decrease(path, losses, dropped, s.teleport_epoch, loss_fn),
         "postactivation": lambda W: ascend(W, X, loss_fn, o.small * o.lr_teleport, s.ascent_steps, s.growth).weights,
         "postactivation, brief": lambda W: ascend(W, X, loss_fn, o.brief * o.lr_teleport, o.steps).weights,
     }
-    runs = [plain, *(train(s, optimizer, W, loss_fn, lr, moves[arm]) for arm in ARMS[1:])]
-    loss, gradient, _, seconds = zip(*runs)
+    loss, gradient, _, seconds = zip(baseline, published, *(run(moves[arm]) for arm in ARMS[2:]))
     return {"loss": torch.stack(loss), "gradient": torch.stack(gradient), "seconds": torch.tensor(seconds)}
 
 
@@ -303,7 +303,7 @@ def plot_loss(outcome, s):
             bottom.barh(a, mean, xerr=spread, height=0.7, error_kw=dict(capsize=2, linewidth=1), **look)
         bottom.set_yticks(range(1, len(ARMS)), ARMS[1:])
         bottom.invert_yaxis()
-        bottom.set(xlabel=f"Epochs saved until {optimizer}'s loss at epoch {s.level_epoch}")
+        bottom.set(xlabel=f"Epochs saved, of {s.level_epoch}")
         bottom.grid(axis="y", visible=False)
         top.legend()
     axes[0, 0].set_ylabel("Loss")
