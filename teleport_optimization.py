@@ -170,17 +170,18 @@ def judge(outcome):
     early, last = milestones[-2:][0], milestones[-1]
     claimed = [o for o in m if o != "SGD"]
     both = [o for o in claimed if o in helped(m, early, "at_published_rate") and o in helped(m, early, "at_best_rate")]
+    taken_apart = restarts(m["AdaGrad"], early)
     sentence = (
         f"With the optimizer's state kept, teleporting lowers the training loss after epoch {early} for "
         f"{listed(both)} (also at each arm's best learning rate), after epoch {last} for "
-        f"{listed(helped(m, last, 'at_best_rate'))}. {restarts(m['AdaGrad'], early)}"
+        f"{listed(helped(m, last, 'at_best_rate'))}. {taken_apart}"
     )
     details = [*(against_baseline(o, m[o], early, last) for o in m), *grown(outcome.arrays, m), largest_drift(m)]
     limits = f"{listed(both)} only" if both else "none of them"
     word = grade(len(both) == len(claimed), both)
     number = f"{len(both)} of {len(claimed)} gain, best rates too"
     answers = {"cost": cost(outcome), "gain": gain(outcome)}
-    return Verdict(word, limits, sentence, details, number, surprise=restarts(m["AdaGrad"], early), answers=answers)
+    return Verdict(word, limits, sentence, details, number, surprise=taken_apart, answers=answers)
 
 
 def cost(outcome):
@@ -221,8 +222,7 @@ def restarts(m, epoch):
     restart, kept = (verdict(m[arm][key]["at_published_rate"]) == "better" for arm in ("restart", "preactivation"))
     whose = "AdaGrad's gain is the restart of its state" if restart and not kept else "AdaGrad"
     return (
-        f"{whose}: "
-        f"{loss['baseline']:.4f} alone, {loss['restart']:.4f} restarted without teleporting, "
+        f"{whose}: {loss['baseline']:.4f} alone, {loss['restart']:.4f} restarted without teleporting, "
         f"{loss['preactivation']:.4f} teleported with its state kept."
     )
 
@@ -271,7 +271,8 @@ def plot_curves(outcome, s, x_axis, shown):
             x = range(1, s.epochs + 1) if x_axis == "epoch" else outcome.timings[optimizer][ARMS[a]]
             for key, line in (("train_loss", "--"), ("test_loss", "-")):
                 values, label = outcome.arrays[f"{optimizer}/{key}"][a, 0], ARMS[a] if key == "test_loss" else None
-                plots.band(column[0], x, values, label, a, **look(a, s, linestyle=line))
+                look = plots.marked(a, s.epochs) | {"linestyle": line, "linewidth": 1.1}
+                plots.band(column[0], x, values, label, a, **look)
         column[0].set(title=optimizer, xlabel="epoch" if x_axis == "epoch" else "seconds a run")
         plots.log_loss(column[0])
         both = [outcome.arrays[f"{optimizer}/{key}"][:, 0] for key in ("train_loss", "test_loss")]
@@ -286,21 +287,12 @@ def plot_curves(outcome, s, x_axis, shown):
     return figure
 
 
-def look(a, s, **changes):
-    """Arm number a's line: its marker stands at other epochs than the others'."""
-    return {
-        **plots.style(a, marker=True),
-        "markevery": (a * s.epochs // 25, max(1, s.epochs // 5)),
-        "linewidth": 1.1,
-    } | changes
-
-
 def plot_differences(ax, loss, s):
     """loss (A, S, epochs) of every arm minus the baseline's, paired by seed: mean and 95 % interval."""
     epochs, top = np.arange(1, s.epochs + 1), 0
     for a in range(1, len(ARMS)):
         mean, low, high = np.array([difference(loss[a, :, e], loss[0, :, e]) for e in range(s.epochs)]).T
-        ax.plot(epochs, mean, **look(a, s))
+        ax.plot(epochs, mean, **plots.marked(a, s.epochs) | {"linewidth": 1.1})
         ax.fill_between(epochs, low, high, color=plots.COLORS[a], alpha=0.15, linewidth=0)
         top = max(top, np.nanmax(abs(mean[min(2, s.epochs - 1) :])))
     ax.axhline(0, color="black", linewidth=0.8)
@@ -309,8 +301,7 @@ def plot_differences(ax, loss, s):
 
 def plot_sweep(outcome, s):
     """Loss of every arm at every learning rate: is teleportation more than a learning rate?"""
-    epochs = [e for e in s.milestones if e <= s.epochs]
-    epochs = epochs[-2:]
+    epochs = [e for e in s.milestones if e <= s.epochs][-2:]
     figure, axes = plots.panels(len(epochs), len(s.optimizers), width=3.1, height=2.7)
     for row, epoch in zip(axes, epochs):
         for ax, optimizer in zip(row, s.optimizers):

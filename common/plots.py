@@ -58,6 +58,11 @@ def style(i: int, marker: bool = False) -> dict:
     }
 
 
+def marked(i: int, points: int) -> dict:
+    """The look of line number i, of so many points: five markers or so, at other points than the other lines'."""
+    return {**style(i, marker=True), "markevery": (i * points // 25, max(1, points // 5))}
+
+
 def band(ax: plt.Axes, x: Sequence, y: np.ndarray, label: str | None = None, i: int = 0, **options: Any) -> plt.Line2D:
     """Plot the mean of y (seeds, points) over seeds with a band of ±1 standard deviation (not drawn for one seed)."""
     y = np.atleast_2d(np.asarray(y, float))

@@ -237,8 +237,8 @@ def plot_curves(outcome, s, x_axis, shown):
         for arm in shown:
             a = ARMS.index(arm)
             x = range(1, s.epochs + 1) if x_axis == "epoch" else outcome.timings[key][arm]
-            look = dict(plots.style(a, marker=True), markevery=(a * s.epochs // 25, max(1, s.epochs // 5)))
-            plots.band(ax, x, outcome.arrays[f"{key}/train_loss"][a], arm, **dict(look, linewidth=1.2))
+            look = plots.marked(a, s.epochs) | {"linewidth": 1.2}
+            plots.band(ax, x, outcome.arrays[f"{key}/train_loss"][a], arm, **look)
         ax.set(title=key.replace("_", ", "), xlabel="epoch" if x_axis == "epoch" else "seconds a run")
         plots.log_loss(ax)
     axes[0, 0].set_ylabel(f"training loss, {outcome.label}")
@@ -260,7 +260,7 @@ def plot_drift(outcome):
                 ax.plot(drift.ravel(), np.full(drift.size, row + shift), **look)
         ax.set(title=key.replace("_", ", "), xscale="log", xlabel="|relative change of the loss|")
         ax.set_yticks(range(len(TELEPORTING)), TELEPORTING)
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(len(TELEPORTING) - 0.5, -0.5)
     axes[0, 0].set_ylabel("filled: training set\nopen: the batch")
     return figure
 
