@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from teleport import Teleportation
-from teleporter.passes import gradient, kept_buffers, same_randomness, undone_on_error
+from teleporter.passes import check_loss, gradient, kept_buffers, same_randomness, undone_on_error
 from teleporter.verify import relative_change, tensors_of
 
 _CONVOLUTIONS = {getattr(torch, f"conv{n}d") for n in (1, 2, 3)}
@@ -104,8 +104,7 @@ def _evaluate(model, loss_fn, W):
             loss = loss_fn(model)
     finally:
         hook.remove()
-    if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad or not loss.isfinite():
-        raise ValueError(f"loss_fn must return a finite scalar that depends on the parameters, got {loss}")
+    check_loss(loss)
     return loss.detach(), gradient(loss, W, create_graph=True), outputs
 
 

@@ -7,6 +7,12 @@ from functools import partial
 import torch
 
 
+def check_loss(loss):
+    """ValueError unless a loss_fn's result can be differentiated: a finite scalar that depends on parameters."""
+    if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.requires_grad or not loss.isfinite():
+        raise ValueError(f"loss_fn must return a finite scalar that depends on the parameters, got {loss}")
+
+
 def gradient(value, parameters, create_graph=False):
     """{name: ∂value/∂parameter}, zero for parameters that value does not depend on; float32 for half precision."""
     G = torch.autograd.grad(value, list(parameters.values()), create_graph=create_graph, allow_unused=True)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport import Teleportation, postactivation_action, preactivation_action
@@ -13,7 +12,7 @@ from teleporter import listing
 from teleporter.finder import Finder, exact_candidates
 from teleporter.hidden import act_on_hidden, pull_back
 from teleporter.low_rank import LowRankRotation
-from teleporter.passes import gradient, kept_buffers, recorded_inputs, same_randomness, undone_on_error
+from teleporter.passes import check_loss, gradient, kept_buffers, recorded_inputs, same_randomness, undone_on_error
 from teleporter.state import checked, copies, notes, resolve_unknown, transport
 from teleporter.symmetry import Attention, Pair
 from teleporter.verify import (
@@ -367,8 +366,7 @@ class Teleporter:
         with same_randomness(self.model), recorded_inputs(self.model, read_by) as hidden:
             with sdpa_kernel(SDPBackend.MATH) if second else nullcontext():  # the others have no second derivative
                 loss = loss_fn(called(self.model, inputs))
-        if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad or not loss.isfinite():
-            raise ValueError(f"loss_fn must return a finite scalar that depends on the parameters, got {loss}")
+        check_loss(loss)
         W = self.parameters
         if self.objective is None:
             G = gradient(loss, W, create_graph=second)
