@@ -109,7 +109,8 @@ def test_a_diverged_member_is_reported_as_such(trained):
 def run_tiny(output, *options):
     functions = (figure4.experiment, lambda *_: None, figure4.report, figure4.judge)
     script = (figure4.__file__, figure4.__doc__, figure4.PRESETS, *functions)
-    cli.main(*script, argv=["--preset", "tiny", "--output", str(output), "--quiet", *options])
+    one_process = ("--jobs", "1")  # so that a test sees the parts that it computes
+    cli.main(*script, argv=["--preset", "tiny", "--output", str(output), "--quiet", *one_process, *options])
 
 
 def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, monkeypatch):
