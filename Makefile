@@ -12,7 +12,7 @@ PAPER = --preset paper --output reproduction
 .PHONY: help smoke figures test paper benchmark clean
 
 help:
-	@grep '^# ' Makefile | cut -c3-
+	@sed -n '/^# /!q; s/^# //p' Makefile
 
 smoke: .venv/installed
 	@set -e; for script in $(SCRIPTS); do echo; echo "== $$script"; .venv/bin/python $$script --preset tiny; done
