@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_teleport_objectives import LEAKY, loss_on, random_network
+from test_teleport import LEAKY, losses
+from test_teleport_objectives import random_network
 
 import correlation
 from common import UserError
@@ -35,13 +36,13 @@ def test_measures_are_sharpness_and_curvature_with_the_published_draws(data):
         elements = [torch.rand(d, d) for d in (6, 5)]
         directions = torch.stack([torch.rand(9 * 6 + 6 * 5 + 5 * 3) for _ in range(20)])
         radii = torch.tensor(np.arange(0.001, 0.2, 0.01)).float()
-        expected = sharpness(weights, loss_on(x, labels), directions, radii)
+        expected = sharpness(weights, losses(x, labels), directions, radii)
         torch.testing.assert_close(phi[:, b], expected, rtol=1e-6, atol=0)
         expected = curvature(weights, x, [M / M.square().sum().sqrt() for M in elements], LEAKY)
         torch.testing.assert_close(psi[:, b], expected, rtol=1e-5, atol=0)
         pair = (W.double() for W in (weights[2], weights[1], LEAKY.f(weights[0] @ x), elements[1]))
         torch.testing.assert_close(psi_pair[:, b], curve_curvature(*pair, LEAKY)[0], rtol=1e-6, atol=0)
-        torch.testing.assert_close(loss[:, b], loss_on(x, labels)(weights))
+        torch.testing.assert_close(loss[:, b], losses(x, labels)(weights))
 
 
 def test_batches_pass_over_the_data():

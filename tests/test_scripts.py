@@ -1,6 +1,7 @@
 """Every figure script, at --preset tiny, from the root and from its own folder: what it writes, and that it repeats."""
 
 import json
+import shutil
 
 import matplotlib.image
 import numpy as np
@@ -52,14 +53,15 @@ def test_table_and_files_are_printed(tiny, script):
     assert "---" in run.stdout and ".json" in run.stdout and ".png" in run.stdout and run.stdout.strip().endswith(" s")
 
 
-def test_replot_and_wrong_options(tiny, script):
-    run = tiny(script)[0]
-    status, _, error = run_inside(script, "--no-such-option", output=run.folder)
+def test_replot_and_wrong_options(tiny, script, tmp_path):
+    folder = tmp_path / "own"  # a copy: other workers read the run's files
+    shutil.copytree(tiny(script)[0].folder, folder, symlinks=True)
+    status, _, error = run_inside(script, "--no-such-option", output=folder)
     assert status == 2 and error.startswith("error: ") and len(error.strip().splitlines()) == 1
-    for png in (run.folder / "figures" / "tiny").glob("*.png"):
+    for png in (folder / "figures" / "tiny").glob("*.png"):
         png.unlink()
-    before = {p.name: p.read_bytes() for p in (run.folder / "results" / "tiny").iterdir()}
-    status, _, error = run_inside(script, "--preset", "tiny", "--replot", output=run.folder)
+    before = {p.name: p.read_bytes() for p in (folder / "results" / "tiny").iterdir()}
+    status, _, error = run_inside(script, "--preset", "tiny", "--replot", output=folder)
     assert status == 0, error
-    assert list((run.folder / "figures" / "tiny").glob("*.png"))
-    assert before == {p.name: p.read_bytes() for p in (run.folder / "results" / "tiny").iterdir()}
+    assert list((folder / "figures" / "tiny").glob("*.png"))
+    assert before == {p.name: p.read_bytes() for p in (folder / "results" / "tiny").iterdir()}
