@@ -53,11 +53,14 @@ class Classes:
     def unify(self, a, b, reason):
         """Equal labels wherever two broadcast tensors of them meet; returns the labels of the result."""
         a, b = torch.broadcast_tensors(a, b)
-        x, y = shrunk(a, b)
-        pairs = torch.unique(torch.stack([x.flatten(), y.flatten()]), dim=1) if x.numel() else x.new_zeros(2, 0)
-        for p, q in pairs.T[pairs[0] != pairs[1]].tolist():
+        for p, q in met(a, b):
             self.join(p, q, reason)
         return torch.where(a == ANY, b, a)
+
+    def alike(self, a, b):
+        """Whether labels that meet are of one class already."""
+        classes = ((self.find(p), self.find(q)) for p, q in met(*torch.broadcast_tensors(a, b)))
+        return all(x == y or x[0] == y[0] == FIXED for x, y in classes)
 
     def unified(self, labels, dims, reason):
         """Equal labels along these dimensions, which become of size 1."""
@@ -85,6 +88,13 @@ class Classes:
             self.key[k] = hash((self.key[k], tuple(among)))
             if attended:
                 self.attended.add(k)
+
+
+def met(a, b):
+    """The pairs of different labels at the same place of two tensors of one shape."""
+    x, y = shrunk(a, b)
+    differ = x != y
+    return torch.unique(torch.stack([x[differ], y[differ]]), dim=1).T.tolist()
 
 
 def shrunk(*tensors, dims=None):

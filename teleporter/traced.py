@@ -25,7 +25,9 @@ def traced(model, inputs):
         for x in tree_leaves(vars(output) if hasattr(output, "__dataclass_fields__") else output):
             tracer.fix(x, "it is the output of the model")
     labels = {name: _labels(tracer, name) for name, uses in tracer.uses.items() if uses}
-    places = {name: [_compressed(_roots(tracer.classes, x)) for x in pair] for name, pair in labels.items()}
+    places = {
+        name: [_compressed(_roots(tracer.classes, _compressed(x))) for x in pair] for name, pair in labels.items()
+    }
     found, names = [], set()
     for symmetry, modules, reason in _candidates(tracer, places, list(parameters)):
         name = symmetry.name

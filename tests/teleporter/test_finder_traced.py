@@ -174,6 +174,28 @@ class RMS(nn.Module):
         return self.head(self.gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)))
 
 
+class InPlace(nn.Module):
+    """A residual sum written into its first term, as torchvision's and timm's networks do."""
+
+    def __init__(self, blocked=False):
+        super().__init__()
+        self.blocked = blocked
+        self.stem, self.inner = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x), inplace=True)
+        y = self.inner(x)
+        y += x
+        y = F.relu(y, inplace=True)
+        return self.head(F.hardswish(2 * x, inplace=True).mean((2, 3)) if self.blocked else y.mean((2, 3)))
+
+
+def test_sums_in_place_join_the_stream():
+    assert [s.name for s in found(InPlace(), IMAGES)] == ["stem, inner -> inner, head"]
+    assert found(InPlace(blocked=True), IMAGES) == []
+
+
 def test_a_norm_written_by_hand():
     assert [s.name for s in found(RMS(), TOKENS)] == ["gain -> head"]
 
