@@ -49,6 +49,24 @@ def _graphs(module, prefix=""):
         yield from _graphs(child, f"{prefix}{name}.")
 
 
+def blocked(flows, reason, writers=()):
+    """The channels of these tensors stay; so do those of the tensor returned, which these modules write."""
+    for flow in flows:
+        flow.channels.block(reason)
+    stays = Flow(Channels(reason))
+    stays.channels.writers += writers
+    return stays
+
+
+def noted(note, name, flow, *part):
+    """flow, which a module reads or writes, or whose channels stay because it cannot."""
+    try:
+        note(name, flow, *part)
+    except ValueError as error:
+        flow.channels.block(str(error))
+    return flow
+
+
 def exact_candidates(model, finder, kinds, inputs):
     """Candidates of these kinds ("auto", "rescale", "attention"): of one run of the inputs if there are any, otherwise,
     or if that run cannot be followed, of the finder's graphs."""
@@ -170,72 +188,68 @@ class Finder:
         obstacle: why its tensors stay, if that is known already.
         """
         name, module, op = self.operation(prefix, node)
-        kind, args = type(module), node.args
         inputs = [flows[n] for n in node.all_input_nodes if n in flows]
-        flow = inputs[0] if inputs else None
         self.calls[id(module)] += 1
-
-        def blocked(reason):
-            for flow in inputs:
-                flow.channels.block(reason)
-            return Flow(Channels(reason))
-
-        def noted(note, flow, *part):
-            try:
-                note(name, flow, *part)
-            except ValueError as error:
-                flow.channels.block(str(error))
-            return flow
-
+        obstacle = obstacle or self.end(prefix, node, name)
         if obstacle is not None:
-            return blocked(obstacle)
-        if node.op == "placeholder":
-            return blocked("it is an input")
-        if node.op == "get_attr":
-            if all(self.operation(prefix, n)[2] == "getattr" and n.args[1] in _FACTS for n in node.users):
-                return None
-            self.uses[id(attribute_of(self.modules[prefix.rstrip(".")], node.target))] += 1
-            return blocked(f"{name} is used outside its module")
-        if node.op == "output":
-            return blocked("it is the output of " + (prefix.rstrip(".") or "the model"))
-        if not inputs or op in ("size", "dim") or op == "getattr" and args[1] in _FACTS:
+            return blocked(inputs, obstacle)
+        if not inputs or op in ("size", "dim") or op == "getattr" and node.args[1] in _FACTS:
             return None
-        if not self.on_trial and (undecided := needs_inputs(name, node, module, op, flow)):
-            stays = blocked(undecided)
-            stays.channels.writers += [name] if module is not None else []
-            return stays
-
-        if kind is nn.Linear or kind is nn.Embedding:
-            if kind is nn.Linear:
-                noted(self.read, flow)
-            return noted(self.write, Flow(Channels(), -1))
-        if kind in CONV + CONV_TRANSPOSE:
-            noted(self.read, flow)
-            return noted(self.write, Flow(Channels(), 1, positions=int(kind.__name__[-2])))
-        if kind in NORM:
-            blocked(f"{name} normalizes it")
-            dim = -1 if kind in (nn.LayerNorm, nn.RMSNorm) else flow.dim or 1
-            return noted(self.write, Flow(Channels(), dim, flow.positions))
-        if kind is nn.MultiheadAttention:
-            tensors = [n for n in (*args, *map(node.kwargs.get, ("query", "key", "value"))) if n is not None]
-            for part, tensor in enumerate(tensors[:3]):
-                if tensor in flows:
-                    noted(self.read, flows[tensor], part)
-            return noted(self.write, Flow(Channels(), -1))
-        if op == "getitem" and self.operation(prefix, args[0])[2] == "multiheadattention" and args[1] == 0:
-            return flow
-
-        if op.strip("i_") in ("add", "sub") and len(args) == 2 and all(n in flows for n in args):
-            obstacles = (f.channels.blocked for f in inputs if f.channels.blocked)
-            return self.add(flows, *map(flows.get, args)) or blocked(next(obstacles, "unlike tensors are added"))
-        if len(inputs) == 1 and (after := passes(op, node, module, flow, flows)) is not None:
+        if not self.on_trial and (obstacle := needs_inputs(name, node, module, op, inputs[0])):
+            return blocked(inputs, obstacle, [name] if module is not None else [])
+        after = self.layer(node, name, module, flows, inputs) or self.between(prefix, node, module, op, flows, inputs)
+        if after is not None:
             return after
         if op == "scaled_dot_product_attention":
             self.heads += self.plain_attention(prefix, node)
-        reason = blocked(f"{name} is not homogeneous in each channel")
-        if module is not None and next(module.parameters(), None) is not None:
-            reason.channels.writers.append(name)
-        return reason
+        layer = module is not None and next(module.parameters(), None) is not None
+        return blocked(inputs, f"{name} is not homogeneous in each channel", [name] if layer else [])
+
+    def end(self, prefix, node, name):
+        """Why tensors stay where the graph begins, ends, or takes a parameter out of its module; else None."""
+        if node.op == "placeholder":
+            return "it is an input"
+        if node.op == "output":
+            return "it is the output of " + (prefix.rstrip(".") or "the model")
+        facts = (self.operation(prefix, n)[2] == "getattr" and n.args[1] in _FACTS for n in node.users)
+        if node.op == "get_attr" and not all(facts):
+            self.uses[id(attribute_of(self.modules[prefix.rstrip(".")], node.target))] += 1
+            return f"{name} is used outside its module"
+        return None
+
+    def layer(self, node, name, module, flows, inputs):
+        """What comes out of a layer that reads or writes channels; None if it is none."""
+        kind, flow = type(module), inputs[0]
+        if kind is nn.Embedding:
+            return noted(self.write, name, Flow(Channels(), -1))
+        if kind is nn.Linear:
+            noted(self.read, name, flow)
+            return noted(self.write, name, Flow(Channels(), -1))
+        if kind in CONV + CONV_TRANSPOSE:
+            noted(self.read, name, flow)
+            return noted(self.write, name, Flow(Channels(), 1, positions=int(kind.__name__[-2])))
+        if kind in NORM:
+            blocked(inputs, f"{name} normalizes it")
+            dim = -1 if kind in (nn.LayerNorm, nn.RMSNorm) else flow.dim or 1
+            return noted(self.write, name, Flow(Channels(), dim, flow.positions))
+        if kind is nn.MultiheadAttention:
+            tensors = [n for n in (*node.args, *map(node.kwargs.get, ("query", "key", "value"))) if n is not None]
+            for part, tensor in enumerate(tensors[:3]):
+                if tensor in flows:
+                    noted(self.read, name, flows[tensor], part)
+            return noted(self.write, name, Flow(Channels(), -1))
+        return None
+
+    def between(self, prefix, node, module, op, flows, inputs):
+        """What comes out of an operation that keeps channels apart or adds them; None if it does neither."""
+        args = node.args
+        if op == "getitem" and self.operation(prefix, args[0])[2] == "multiheadattention" and args[1] == 0:
+            return inputs[0]
+        if op.strip("i_") in ("add", "sub") and len(args) == 2 and all(n in flows for n in args):
+            obstacles = (f.channels.blocked for f in inputs if f.channels.blocked)
+            unlike = next(obstacles, "unlike tensors are added")
+            return self.add(flows, *map(flows.get, args)) or blocked(inputs, unlike)
+        return passes(op, node, module, inputs[0], flows) if len(inputs) == 1 else None
 
     def add(self, flows, a, b):
         """The sum of two tensors: from now on their channels are one."""

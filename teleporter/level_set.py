@@ -35,33 +35,12 @@ def level_set_teleport(
     if len({(p.device, p.dtype) for p in W.values()}) != 1 or next(iter(W.values())).dtype.itemsize < 4:
         raise ValueError("trainable parameters must share one device and one dtype, float32 or float64")
 
-    def assign(w):
-        with torch.no_grad():
-            for p, x in zip(W.values(), w.split([p.numel() for p in W.values()])):
-                p.copy_(x.view_as(p))
-        torch.clear_autocast_cache()
-
-    def evaluate(w):
-        assign(w)
-        with same_randomness(model), sdpa_kernel(SDPBackend.MATH):
-            loss = loss_fn(model)
-        if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
-            raise ValueError(f"loss_fn must return a scalar that depends on the parameters, got {loss}")
-        return loss.detach(), torch.cat([g.flatten() for g in gradient(loss, W, create_graph=True).values()])
-
-    def curved(g):
-        """∇L without its graph, and q."""
-        q = torch.autograd.grad(
-            g, list(W.values()), g.detach() / g.detach().square().sum(), allow_unused=True, materialize_grads=True
-        )
-        return g.detach(), torch.cat([x.flatten() for x in q])
-
     with torch.enable_grad(), kept_buffers(model), undone_on_error(W):
         w = torch.cat([p.detach().flatten() for p in W.values()])
-        loss_0, g = evaluate(w)
+        loss_0, g = _evaluate(model, loss_fn, W, w)
         if not loss_0.isfinite() or not 0 < g.norm() < math.inf:
             raise ValueError(f"loss {loss_0}, gradient norm {g.norm()}: they must be finite, the latter not zero")
-        g, q = curved(g)
+        g, q = _curved(W, g)
         loss, norm2_0, gamma = loss_0, g @ g, torch.zeros_like(loss_0)
         rho = radius * w.norm() / (q - ((q @ g) / (g @ g)).clamp_min(0) * g).norm()
         for step in range(steps):
@@ -70,13 +49,37 @@ def level_set_teleport(
             if not 0 < d.norm() < math.inf:  # a stationary point of the problem
                 break
             gamma = torch.maximum(gamma, 1.1 * v / rho)
-            trial, g_trial = evaluate(w + d)
+            trial, g_trial = _evaluate(model, loss_fn, W, w + d)
             gain = (g_trial.detach().norm() / g.norm()).log()
             gain = gain - gamma * ((trial - loss_0).clamp_min(0) - (loss - loss_0).clamp_min(0))
             if gain >= 0.1 * (d @ d) / rho and trial - loss_0 <= tolerance * (1 + abs(loss_0)):
                 w, loss, rho = w + d, trial, 2 * rho
-                g, q = curved(g_trial) if step < steps - 1 else (g_trial.detach(), None)
+                g, q = _curved(W, g_trial) if step < steps - 1 else (g_trial.detach(), None)
             else:
                 rho = rho / 4
-        assign(w)
+        _assign(W, w)
     return Teleportation(W, loss_0, loss, norm2_0, g @ g)
+
+
+def _assign(W, w):
+    with torch.no_grad():
+        for p, x in zip(W.values(), w.split([p.numel() for p in W.values()])):
+            p.copy_(x.view_as(p))
+    torch.clear_autocast_cache()
+
+
+def _evaluate(model, loss_fn, W, w):
+    """L and ∇L, with its graph, at w."""
+    _assign(W, w)
+    with same_randomness(model), sdpa_kernel(SDPBackend.MATH):
+        loss = loss_fn(model)
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+        raise ValueError(f"loss_fn must return a scalar that depends on the parameters, got {loss}")
+    return loss.detach(), torch.cat([g.flatten() for g in gradient(loss, W, create_graph=True).values()])
+
+
+def _curved(W, g):
+    """∇L without its graph, and q."""
+    norm2 = g.detach().square().sum()
+    q = torch.autograd.grad(g, list(W.values()), g.detach() / norm2, allow_unused=True, materialize_grads=True)
+    return g.detach(), torch.cat([x.flatten() for x in q])

@@ -20,12 +20,9 @@ WINDOW = 6  # lines of logic
 KNOWN = {
     "files above 400 lines": [
         "teleport_sharpness_curvature.py",
-        "teleporter/tracing.py",
     ],
     "functions above 60 lines": [
         "gradient-flow-symmetry/adversarial_cifar.py: measure",
-        "teleporter/finder.py: flow",
-        "teleporter/level_set.py: level_set_teleport",
     ],
     "judges outside 8 to 15 lines": [
         "beyond-the-papers/rotation.py",
