@@ -28,13 +28,17 @@ class Arm(NamedTuple):
     move: Callable[..., Teleportation] | None = None  # move(weights, X, labels, …): None moves nothing
     restart: bool = False  # its optimizer is built anew after each move
     rate: float = 1.0  # of the learning rate that it was given
+    raises: bool = False  # not moved: its learning rate grows as much as the move would have raised ‖∂L/∂W‖
+    epoch: int | None = None  # of its moves, where arms differ
+    moves: int | None = None  # how many it makes, where arms differ
 
 
 class Stack:
     """A arms × learning rates × runs as one StackedMLP, and the record of what each move did.
 
     arms: in the order of every array's first axis. weights: (S, d_m, d_{m-1}), the runs' initial weights. rates: (F,)
-    learning rates of every arm, or a number, which leaves the axis F out. moves: how many there will be at most.
+    learning rates of every arm, or a number, which leaves the axis F out, or (A, F), every arm's own. moves: how many
+    there will be at most.
 
     loss, objective: (A, [F,] S, moves, 2), on the move's batch, before and after; 0 for arms that do not move.
     seconds: (A,), of all moves so far.
@@ -43,7 +47,8 @@ class Stack:
     def __init__(self, arms: Sequence[Arm], weights: Sequence[Tensor], optimizer: str, rates: Any, moves: int) -> None:
         first = weights[0]
         rates = torch.as_tensor(rates, dtype=first.dtype)
-        self.arms, self.shape = tuple(arms), (*rates.shape, len(first))
+        rates = rates if rates.ndim > 1 else rates.expand(len(arms), *rates.shape)
+        self.arms, self.shape = tuple(arms), (*rates.shape[1:], len(first))
         every = (len(self.arms), *self.shape)
         factors = torch.tensor([arm.rate for arm in self.arms], dtype=first.dtype)
         rates = factors.view(-1, *(1 for _ in self.shape)) * rates[..., None]
@@ -62,13 +67,19 @@ class Stack:
         """Numbers of the members, (E, …), as (A, [F,] S, …)."""
         return values.unflatten(0, (len(self.arms), *self.shape))
 
-    def move(self, k: int, *batch: Any, dtype: torch.dtype = torch.float32) -> None:
-        """The k-th move of the arms that have one: arm.move(weights ([F,] S, d_m, d_{m-1}), *batch); and restarts."""
+    def move(self, k: int, *batch: Any, dtype: torch.dtype = torch.float32, epoch: int | None = None) -> None:
+        """The k-th move of the arms that have one (now): arm.move(weights ([F,] S, d_m, d_{m-1}), *batch); restarts."""
         for a, arm in enumerate(self.arms):
+            if arm.epoch not in (None, epoch) or k >= (arm.moves or k + 1):
+                continue
             mine, start = self.members(a), clock(self.net.lr.device)
             if arm.move is not None:
                 moved = arm.move(tuple(W[mine].unflatten(0, self.shape).to(dtype) for W in self.net.weights), *batch)
-                self.net.set(mine, [W.flatten(0, -3).to(V.dtype) for W, V in zip(moved.weights, self.net.weights)])
+                if arm.raises:
+                    growth = (moved.objective_after / moved.objective_before).sqrt()
+                    self.net.lr[mine] *= growth.flatten().to(self.net.lr.dtype)
+                else:
+                    self.net.set(mine, [W.flatten(0, -3).to(V.dtype) for W, V in zip(moved.weights, self.net.weights)])
                 self.loss[a, ..., k, :] = torch.stack([moved.loss_before, moved.loss_after], -1)
                 self.objective[a, ..., k, :] = torch.stack([moved.objective_before, moved.objective_after], -1)
             if arm.restart:

@@ -7,7 +7,7 @@ command line ends with the verdict, and report.py writes REPRODUCTION.md and the
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HOLDS, IN_PART, FAILS, UNDECIDED = "holds", "holds in part", "does not hold", "undecided"  # a claim's verdicts
 REPRODUCED, NOT_REPRODUCED, NONE_AT_HAND = "reproduced", "not reproduced", "no published number at hand"
@@ -76,6 +76,17 @@ def grade(everything: object, something: object) -> str:
     return HOLDS if everything else IN_PART if something else FAILS
 
 
+def settle(words: Iterable[str]) -> bool | None:
+    """Are all these comparisons better? None: one is undecided, and no other has answered no."""
+    words = set(words)
+    return True if words <= {"better"} else None if words <= {"better", UNDECIDED} else False
+
+
+def graded(settled: Sequence[bool | None]) -> str:
+    """The word of a claim about several cases, each settled or None (undecided)."""
+    return grade(all(settled), any(settled)) if any(settled) or None not in settled else UNDECIDED
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 
@@ -101,6 +112,15 @@ def interval(triple: Sequence[float], digits: int = 4) -> str:
     if math.isnan(middle):
         return "diverged"
     return f"{middle:+.{digits}f}" + ("" if math.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]")
+
+
+def change(c: Any, digits: int = 2) -> str:
+    """A statistics.Comparison of logarithms as text: per cent, the 95 % interval, the word, what would have shown."""
+    if math.isnan(c.effect):
+        return f"diverged in {c.diverged[0]} and {c.diverged[1]} of {c.n} ({c.word})"
+    middle, low, high, detectable = (100 * math.expm1(x) for x in (c.effect, c.low, c.high, c.detectable))
+    shown = f", {detectable:.2g} % would have shown" if c.word == UNDECIDED and not math.isnan(detectable) else ""
+    return f"{middle:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] % ({c.word}{shown})"
 
 
 def factor(triple: Sequence[float]) -> str:

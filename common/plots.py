@@ -83,6 +83,21 @@ def log_band(ax: plt.Axes, x: Sequence, y: np.ndarray, label: str, i: int) -> No
     ax.fill_between(x, np.exp(mean - spread), np.exp(mean + spread), color=line.get_color(), alpha=0.15, linewidth=0)
 
 
+def tuning_curves(ax: plt.Axes, tuned: Any, names: Sequence[str], baseline: int = 0) -> None:
+    """A tuning (common/tuning.py): mean score of every arm at every factor that it tried, as the loss above the
+    baseline's best in per cent; each arm's best in a ring, or crossed where it lies at an edge."""
+    reference, highest = tuned.at_best()[baseline].mean(), 0.0
+    for a, name in enumerate(names):
+        tried = tuned.tried[a]
+        x, y = tuned.factors[tried], 100 * np.expm1(tuned.scores[a, tried].mean(-1) - reference)
+        ax.plot(x, y, label=name, **style(a) | {"linewidth": 1.1})
+        best, look = y[(x == tuned.factors[tuned.best[a]]).argmax()], {"markerfacecolor": "none", "markersize": 8}
+        mark = "o" if tuned.interior[a] else "x"
+        ax.plot(tuned.factors[tuned.best[a]], best, mark, color=COLORS[a % len(COLORS)], **look)
+        highest = max(highest, np.nan_to_num(best))
+    ax.set(xscale="log", xlabel="learning rate / published", ylim=(None, max(30.0, 2 * highest)))
+
+
 class _FewDecades(matplotlib.ticker.MaxNLocator):
     """Ticks at 1, 2 and 5 times powers of ten, evenly spaced ones where these would be fewer than three."""
 

@@ -64,3 +64,30 @@ def test_moves_are_recorded_for_the_arms_that_move(data):
     torch.testing.assert_close(stack.objective[1, :, 1, 1], 4 * stack.objective[1, :, 1, 0])
     assert (stack.loss[1, :, 1, 0] != stack.loss[1, :, 1, 1]).all() and not stack.loss[[0, 2, 3]].any()
     assert stack.net.weights[0].dtype == torch.float32
+
+
+def test_every_arm_may_have_its_own_rates(data):
+    rates = torch.tensor([[1e-2, 2e-2], [3e-2, 1e-3]])
+    stack = Stack(ARMS[:2], initial_weights(DIMS, SEEDS), "SGD", rates, moves=1)
+    assert stack.by_arm(stack.net.lr).tolist() == rates[..., None].expand(2, 2, 2).tolist()
+
+
+def test_a_rate_is_raised_as_much_as_the_move_would_have_raised_the_norm(data):
+    arms = (Arm("baseline"), Arm("raised", twice, raises=True))
+    stack = Stack(arms, initial_weights(DIMS, SEEDS), "SGD", RATES, moves=1)
+    weights = [W.clone() for W in stack.net.weights]
+    stack.move(0, *draw_batches(data.x, data.y, 10, [torch.Generator().manual_seed(s) for s in SEEDS]))
+    assert all(W.equal(V) for W, V in zip(stack.net.weights, weights))
+    rates = stack.by_arm(stack.net.lr)  # (A, F, S)
+    torch.testing.assert_close(rates[1], 2 * rates[0])  # twice the weights: four times the squared norm
+
+
+def test_arms_move_when_they_are_told_and_as_often(data):
+    arms = (Arm("always", twice), Arm("epoch 1", twice, epoch=1), Arm("once", twice, epoch=1, moves=1))
+    stack = Stack(arms, initial_weights(DIMS, SEEDS), "SGD", 1e-2, moves=3)
+    X, labels = draw_batches(data.x, data.y, 10, [torch.Generator().manual_seed(s) for s in SEEDS])
+    for k, epoch in enumerate((0, 1, 1)):
+        stack.move(k, X, labels, epoch=epoch)
+    assert (stack.objective[:, 0, :, 0] != 0).tolist() == [[True, True, True], [False, True, True], [False] * 3]
+    stack.move(0, X, labels, epoch=1)
+    assert (stack.objective[2, 0, :, 0] != 0).tolist() == [True, False, False]

@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 
 from common import plots
+from common.tuning import tune
 
 
 def lightness(color):
@@ -38,4 +39,14 @@ def test_a_band_is_one_standard_deviation_and_absent_for_one_seed():
     np.testing.assert_allclose([heights.min(), heights.max()], [2 - 2**0.5, 4 + 2 * 2**0.5])
     plots.band(ax, [0, 1], [1.0, 2.0], i=1)
     assert len(ax.collections) == 1
+    matplotlib.pyplot.close(figure)
+
+
+def test_a_tuning_is_drawn_with_every_best_marked():
+    tuned = tune(lambda which, factors: np.log(factors / 2)[..., None] ** 2 * np.ones(3), 2, grid=(1, 2, 5))
+    tuned = tuned._replace(interior=np.array([True, False]))
+    figure, axes = plots.panels()
+    plots.tuning_curves(axes[0, 0], tuned, ("baseline", "other"))
+    marks = [(line.get_marker(), line.get_xdata()[0]) for line in axes[0, 0].lines if line.get_marker() in "ox"]
+    assert marks == [("o", 2), ("x", 2)]
     matplotlib.pyplot.close(figure)
