@@ -9,13 +9,14 @@ objectives, each up and down:
 
 and the arms:
 
-  teleport    the pre-activation action, on the true hidden layers. With 2000 samples on 10 units it is a least-squares
-              fit: the loss moves, and by how much is part of the result. For ψ, t is halved until ψ moves the right way
-              and the loss by at most 1 %
-  published   φ: stale hidden layers, new directions in every step, the mean over 9 radii divided by 10. ψ: the bare
-              step, which mostly goes much too far (on true hidden layers and, at full row rank, the same curve)
-  rescaling   like `teleport`, on the orbit of positive rescaling, where the loss cannot move
-  random      φ: a random element that moves the weights as far as `teleport`; ψ: the same |t|, a random sign
+  baseline       no teleport
+  preactivation  on the true hidden layers. With 2000 samples on 10 units it is a least-squares fit: the loss moves, and
+                 by how much is part of the result. For ψ, t is halved until ψ moves the right way and the loss by at
+                 most 1 %
+  published      φ: stale hidden layers, new directions in every step, the mean over 9 radii divided by 10. ψ: the bare
+                 step, which mostly goes much too far (on true hidden layers and, at full row rank, the same curve)
+  rescaling      like `preactivation`, on the orbit of positive rescaling, where the loss cannot move
+  random         φ: a random element that moves the weights as far as `preactivation`; ψ: the same |t|, a random sign
 
 A teleport whose step is so long that the group element is singular, or infinite, is not made and counts as not having
 moved φ or ψ.
@@ -26,30 +27,21 @@ members of one stacked network. Unlike the published runs, which share one initi
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from common import cli, plots, published, statistics
+from common import cli, plots, statistics
+from common.arms import Arm, Stack, draw_batches
 from common.claims import Claim, Verdict, grade, interval, listed, table
 from common.data import published_split, require
-from common.mlp import StackedMLP, cross_entropy, initial_weights, published_seeds
+from common.mlp import initial_weights, published_seeds
+from common.moves import Draws, Meter, attempt, move_curvature, move_sharpness
 from common.run import Outcome
-from common.sharpness import Sharpness
 from common.statistics import difference, mean_std, verdict
-from teleport import (
-    apply_to_layers,
-    curve_curvature,
-    forward,
-    hidden_layers,
-    leaky_relu,
-    preactivation_action,
-    rescaling_action,
-    squared_gradient_norm,
-    teleport,
-)
 
 CLAIM = Claim(
     order=30,
@@ -66,9 +58,11 @@ CLAIM = Claim(
 )
 
 
-class Arm(NamedTuple):
-    objective: str
-    kind: str
+class Way(NamedTuple):
+    """Where an arm is sent, and by what."""
+
+    objective: str  # sharpness or curvature
+    action: str  # preactivation, published, rescaling or random
     maximize: bool
 
     @property
@@ -77,39 +71,39 @@ class Arm(NamedTuple):
 
     @property
     def key(self):
-        return f"{self.objective}_{self.direction}_{self.kind}"
+        return f"{self.objective}_{self.direction}_{self.action}"
+
+    def __str__(self):
+        return f"{SYMBOLS[self.objective]} {self.direction}, {self.action}"
 
 
-KINDS = {
-    "sharpness": ("teleport", "published", "rescaling", "random"),
-    "curvature": ("teleport", "published", "rescaling", "random"),
-}
-ARMS = [Arm(objective, kind, up) for objective in KINDS for kind in KINDS[objective] for up in (True, False)]
-MEMBERS = [None, *ARMS]  # of the stack: no teleport, then the arms
 SYMBOLS = {"sharpness": "φ", "curvature": "ψ"}
-# dataset: learning rate of SGD, and of the teleports (up, down). mnist-mini is treated as MNIST.
+ACTIONS = ("preactivation", "published", "rescaling", "random")
+WAYS = [Way(objective, action, up) for objective in SYMBOLS for action in ACTIONS for up in (True, False)]
+ARMS = ("baseline", *(way.key for way in WAYS))
+# Published, by dataset: learning rate of SGD, and of the teleports (up, down). mnist-mini is treated as MNIST.
 RATES = {
     "MNIST": (1e-2, {"sharpness": (5e-2, 5e-2), "curvature": (2e-1, 5e-2)}),
     "FashionMNIST": (1e-2, {"sharpness": (1e-1, 3e-1), "curvature": (5e-3, 3e-3)}),
     "CIFAR10": (2e-2, {"sharpness": (5e-2, 5e-2), "curvature": (2e-1, 5e-2)}),
 }
-ACTIVATION = leaky_relu(0.1)
-RADII = torch.arange(1, 10) / 10
+MEASURES = {"sharpness": "phi", "curvature": "psi"}
 MEASURED = ("phi", "psi", "loss", "gradient_norm")  # of every arm, before and after each teleport
+CHUNK = 5  # epochs in a part
 
 
 @dataclass(frozen=True)
 class Settings:
-    dataset: str = "mnist-mini"
+    dataset: str = "MNIST"
     seeds: int = 5
     epochs: int = 40
     teleport_epoch: int = 20
     batch: int = 20
     samples: int | None = None  # train on the first samples only
-    teleports_sharpness: tuple = (2, 5)  # up, down
-    teleports_curvature: tuple = (5, 5)
-    teleport_batch: int = 500
-    directions: int = 10  # for each of the 9 radii
+    teleports_sharpness: tuple = (2, 10)  # up, down
+    teleports_curvature: tuple = (10, 5)
+    teleport_batch: int = 2000
+    directions: int = 100  # for each of the 9 radii
     ascent_steps: int = 10
     cap: float = 2.0  # ascent stops once φ is above it
     tolerance: float = 0.01  # relative change of the loss that a teleport of ψ may cost
@@ -117,19 +111,24 @@ class Settings:
     measured_elements: int = 5  # ψ of every arm: mean curvature over as many M
 
 
+PAPER = Settings()
+QUICK = replace(
+    PAPER,
+    dataset="mnist-mini",
+    teleports_sharpness=(2, 5),
+    teleports_curvature=(5, 5),
+    teleport_batch=500,
+    directions=10,
+)
+SMALL = dict(seeds=2, epochs=4, teleport_epoch=2, samples=400, teleports_sharpness=(1, 2), teleports_curvature=(2, 1))
+SMALLER = dict(directions=2, ascent_steps=2, cap=3.0, measured_directions=1, measured_elements=2)
 PRESETS = {
-    "tiny": Settings(
-        seeds=2, epochs=4, teleport_epoch=2, samples=400, teleports_sharpness=(1, 2), teleports_curvature=(2, 1),
-        teleport_batch=100, directions=2, ascent_steps=2, cap=3.0, measured_directions=1, measured_elements=2,
-    ),
-    "quick": Settings(),
-    "paper": Settings(
-        dataset="MNIST", teleports_sharpness=(2, 10), teleports_curvature=(10, 5), teleport_batch=2000, directions=100,
-    ),
-}  # fmt: skip
+    "tiny": replace(QUICK, teleport_batch=100, **SMALL, **SMALLER),
+    "quick": QUICK,
+    "paper": PAPER,
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The experiment, in parts that an interrupted run continues from
 
 
@@ -137,264 +136,137 @@ def experiment(run):
     s, data = run.settings, published_split(run.data())
     data = data._replace(x=data.x[: s.samples], y=data.y[: s.samples])
     require(data, train=s.teleport_batch, test=s.teleport_batch)
-    seeds = published_seeds(s.seeds)
+    seeds, members = published_seeds(s.seeds), arms(s)
     lr = RATES.get(s.dataset, RATES["MNIST"])[0]
     dims = (data.features, *((32, 10, 10) if s.dataset == "CIFAR10" else (16, 10, 10)))
+    K = max(*s.teleports_sharpness, *s.teleports_curvature)
 
-    def before(key):  # what all arms of a run share
-        net = StackedMLP(initial_weights(dims, seeds, run.device), lr=lr)
-        return train(run, net, data, s.teleport_epoch)
+    def before(_):  # what all arms of a run share
+        return train(
+            run, Stack(members[:1], initial_weights(dims, seeds, run.device), "SGD", lr, 0), data, s.teleport_epoch
+        )
 
-    def teleported(key):  # the epoch of the teleports: all arms of one run
-        i = int(key.removeprefix("run_")) - 1
-        net = StackedMLP([W[i].expand(len(MEMBERS), *W[i].shape) for W in weights_of(first, run.device)], lr=lr)
-        record, move_arms = teleporter(run, net, data, seeds[i])
-        return {**train(run, net, data, 1, move_arms), **record}
+    def teleported(start):  # the epoch of the teleports: all arms of one run
+        weights, seed = start
+        stack = Stack(members, [W.to(run.device) for W in weights], "SGD", lr, K)
+        record, move_arms = teleporter(stack, data, seed, s)
+        return {**train(run, stack, data, 1, {0: move_arms}), **record, "objective": objectives(stack, s)}
 
-    def after(key):  # all arms of all runs, five epochs at a time
-        net = StackedMLP(weights_of(state, run.device), lr=lr)
-        return train(run, net, data, int(key.removeprefix("epoch_")) - done)
+    def after(start):  # all arms of all runs, some epochs at a time
+        weights, epochs = start
+        return train(run, Stack(members, weights, "SGD", lr, 0), data, epochs)
 
-    parts, seconds = run.parts(before, {"before": "before"})
+    parts, seconds = run.parts(before, {"before": None})
     first = parts["before"]
-    keys = [f"run_{i + 1}" for i in range(s.seeds)]
-    parts, spent = run.parts(teleported, {key: key for key in keys})
-    middle, seconds = list(parts.values()), seconds | spent
-    state = {key: np.concatenate([part[key] for part in middle]) for key in ("W1", "W2", "W3")}
-    done, last = s.teleport_epoch + 1, []
+    starts = {f"run_{i + 1}": (weights_of(first, slice(i, i + 1)), seed) for i, seed in enumerate(seeds)}
+    parts, spent = run.parts(teleported, starts)
+    middle, seconds = joined(list(parts.values())), seconds | spent
+    state, done, curves = middle, s.teleport_epoch + 1, [middle]
     while done < s.epochs:
-        key = f"epoch_{min(done + 5, s.epochs)}"
-        parts, spent = run.parts(after, {key: key})
-        state, seconds = parts[key], seconds | spent
-        last.append(state)
-        done = min(done + 5, s.epochs)
+        end = min(done + CHUNK, s.epochs)
+        parts, spent = run.parts(after, {f"epoch_{end}": (weights_of(state, slice(None)), end - done)})
+        state, done, seconds = parts[f"epoch_{end}"], end, seconds | spent
+        curves.append(state)
 
-    arrays = {key: np.stack([part[key] for part in middle], 1) for key in ("objective", *MEASURED)}
-    for key in ("train_loss", "test_loss"):  # (members, runs, epochs)
-        shared = np.broadcast_to(first[key], (len(MEMBERS), *first[key].shape))
-        rest = [part[key].reshape(s.seeds, len(MEMBERS), -1).swapaxes(0, 1) for part in last]
-        arrays[key] = np.concatenate([shared, np.stack([part[key] for part in middle], 1), *rest], -1)
+    arrays = {key: middle[key] for key in ("objective", *MEASURED)}
+    for key in ("train_loss", "test_loss"):  # (arms, runs, epochs)
+        shared = np.broadcast_to(first[key], (len(ARMS), *first[key].shape[1:]))
+        arrays[key] = np.concatenate([shared, *(part[key] for part in curves)], -1)
     return Outcome(compare(s, arrays), arrays, seeds, seconds)
 
 
-def train(run, net, data, epochs, before_step=None):
-    """Train for some epochs; return the weights and the loss curves (members, epochs)."""
-    train_loss, test_loss = [], []
-    for _ in run.progress(range(epochs), desc="SGD", unit="epoch", disable=run.quiet or epochs == 1):
-        train_loss.append(net.train_epoch(data.x, data.y, run.settings.batch, before_step))
-        test_loss.append(net.evaluate(data.x_test, data.y_test)[0])
-    weights = {f"W{m}": W for m, W in enumerate(net.weights, start=1)}
-    return {**weights, "train_loss": torch.stack(train_loss, -1), "test_loss": torch.stack(test_loss, -1)}
+def train(run, stack, data, epochs, at=None):
+    """Train for some epochs: the weights, and the loss curves (arms, runs, epochs)."""
+    curves = stack.train(run, data, epochs, run.settings.batch, at or {})
+    weights = {f"W{m}": stack.by_arm(W) for m, W in enumerate(stack.net.weights, start=1)}
+    return {**weights, **{key: curves[key] for key in ("train_loss", "test_loss")}}
 
 
-def weights_of(part, device):
-    return tuple(torch.from_numpy(part[f"W{m}"]).to(device) for m in (1, 2, 3))
+def weights_of(part, runs):
+    """The weights of some runs, (S, d_m, d_{m-1}) where all arms share them, else (A, S, d_m, d_{m-1})."""
+    weights = [torch.from_numpy(part[key]) for key in ("W1", "W2", "W3")]
+    return [W[0, runs] if len(W) == 1 else W[:, runs] for W in weights]
 
 
-def teleporter(run, net, data, seed):
+def joined(parts):
+    """The parts of single runs, (A, 1, …), as one of all runs, (A, S, …)."""
+    return {key: np.concatenate([part[key] for part in parts], 1) for key in parts[0]}
+
+
+def teleporter(stack, data, seed, s):
     """The record of one run's teleports, to be filled in, and the function that moves the arms before mini-batch k."""
-    s = run.settings
-    K = max(*s.teleports_sharpness, *s.teleports_curvature)
-    record = {key: torch.zeros(len(MEMBERS), K, 2, 2) for key in MEASURED}  # [before, after], [batch, held out]
-    record["objective"] = torch.full((len(MEMBERS), K, 2), torch.nan)  # what the arm set out to change, on the batch
+    K, weights = stack.objective.shape[-2], stack.net.weights
+    dims = (data.features, *(W.shape[-2] for W in weights))
+    record = {key: torch.zeros(len(ARMS), 1, K, 2, 2) for key in MEASURED}  # [before, after], [batch, held out]
+
+    def meter(batch, generator):
+        return Meter(*batch, dims, s.measured_directions, s.measured_elements, generator)
+
+    def draw(x, y, generator):
+        return [part[0] for part in draw_batches(x, y, s.teleport_batch, [generator])]
+
     generator = torch.Generator().manual_seed(seed)
-    held_out = random_batch(data.x_test, data.y_test, s.teleport_batch, generator)
-    held_out_meter = Meter(*held_out, net.weights, generator, s)  # the same for all teleports of the run
+    held_out = meter(draw(data.x_test, data.y_test, generator), generator)  # the same for all teleports of the run
 
     def move_arms(k):
         if k >= K:
             return
         generator = torch.Generator().manual_seed(seed + 1 + k)
-        batch = random_batch(data.x, data.y, s.teleport_batch, generator)
-        meters = (Meter(*batch, net.weights, generator, s), held_out_meter)
-        before = torch.stack([meter(net.weights) for meter in meters], 1)
-        mover = Mover(*batch, net.weights, generator, s)
-        for a, arm in enumerate(MEMBERS):
-            if arm and k < teleports(arm, s) and all(W[a].isfinite().all() for W in net.weights):
-                try:
-                    moved, objective = mover(arm, tuple(W[a] for W in net.weights))
-                except (
-                    ValueError,
-                    torch.linalg.LinAlgError,
-                ):  # a step so long that its element is singular or infinite
-                    continue
-                net.set(a, moved)
-                record["objective"][a, k] = objective
-        after = torch.stack([meter(net.weights) for meter in meters], 1)
+        batch = draw(data.x, data.y, generator)
+        meters = (meter(batch, generator), held_out)
+        before = torch.stack([measure(weights) for measure in meters], 1)
+        stack.move(k, Draws.of(*batch, dims, s.directions, generator))
+        after = torch.stack([measure(weights) for measure in meters], 1)
         for i, key in enumerate(MEASURED):
-            record[key][:, k] = torch.stack([before[..., i], after[..., i]], 1)
+            record[key][:, 0, k] = torch.stack([before[..., i], after[..., i]], 1)
 
     return record, move_arms
 
 
-def teleports(arm, s):
+def objectives(stack, s):
+    """What each arm set out to change, on the batch of each of its teleports; NaN where it has none: (A, 1, K, 2)."""
+    due = [[k < teleports(way, s) for k in range(stack.objective.shape[-2])] for way in WAYS]
+    due = torch.tensor([[False] * len(due[0]), *due])
+    return stack.objective.float().where(due[:, None, :, None], torch.nan)
+
+
+def teleports(way, s):
     """How many times the arm teleports."""
-    return getattr(s, f"teleports_{arm.objective}")[0 if arm.maximize else 1]
+    return getattr(s, f"teleports_{way.objective}")[0 if way.maximize else 1]
 
 
-def random_batch(x, y, size, generator):
-    rows = torch.randperm(len(x), generator=generator)[:size].to(x.device)
-    return x[rows].T, y[rows]
+def arms(s):
+    """Who is moved, where and by what; random goes as far as preactivation did."""
+    rates = RATES.get(s.dataset, RATES["MNIST"])[1]
+
+    def move(way):
+        options = dict(lr=rates[way.objective][0 if way.maximize else 1], maximize=way.maximize)
+        if way.objective == "sharpness":
+            return partial(move_sharpness, way.action, steps=s.ascent_steps, cap=s.cap, **options)
+        return partial(move_curvature, way.action, tolerance=s.tolerance, **options)
+
+    def follows(way):
+        return way._replace(action="preactivation").key if way.action == "random" else None
+
+    moving = (Arm(w.key, partial(attempt, move(w)), moves=teleports(w, s), follows=follows(w)) for w in WAYS)
+    return (Arm("baseline"), *moving)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Teleports
-
-
-class Mover:
-    """The moves of one teleport: every arm of a run gets the same batch, directions, M and coin."""
-
-    def __init__(self, x, labels, weights, generator, s):
-        self.x, self.generator, self.s = x, generator, s
-        self.new_phi = lambda: random_sharpness(x, labels, weights, s.directions, generator)
-        self.loss_fn = lambda w: cross_entropy(forward(w, x, ACTIVATION), labels)
-        self.phi = self.new_phi()
-        self.M = random_elements(weights, 1, generator)[0]
-        self.coin = 1 if torch.rand((), generator=generator) < 0.5 else -1
-        self.distance, self.t = {}, {}  # how far the arms `teleport` went, up and down: so far goes `random`
-
-    def __call__(self, arm, weights):
-        """The arm's new weights, and its objective before and after, (2,)."""
-        rates = RATES.get(self.s.dataset, RATES["MNIST"])[1]
-        lr = rates[arm.objective][0 if arm.maximize else 1]
-        return getattr(self, arm.objective)(arm, weights, lr)
-
-    def sharpness(self, arm, weights, lr):
-        s, up = self.s, arm.maximize
-        options = dict(activation=ACTIVATION, lr=lr, steps=s.ascent_steps, maximize=up)
-        if arm.kind == "random":
-            moved = random_move(weights, self.x, self.distance.get(up, 0), self.generator)
-            return moved, torch.stack([self.phi(weights), self.phi(moved)])
-        if arm.kind == "published":
-            result = published.teleport_sharpness(weights, self.x, self.loss_fn, self.new_phi, cap=s.cap, **options)
-        else:
-            action = rescaling_action if arm.kind == "rescaling" else preactivation_action
-            options.update(objective=self.phi, action=action, cap=s.cap if up else None)
-            result = teleport(weights, self.x, self.loss_fn, **options)
-        if arm.kind == "teleport":
-            self.distance[up] = distance(result.weights, weights)
-        return result.weights, torch.stack([result.objective_before, result.objective_after])
-
-    def curvature(self, arm, weights, lr):
-        lr = lr if arm.maximize else -lr
-        M = self.M.diag().diag() if arm.kind == "rescaling" else self.M  # exp(tM) diagonal and positive: rescaling
-        before = kappa_along(M, weights, self.x)
-        if arm.kind == "published":
-            moved = published.teleport_curvature(weights, self.x, M, activation=ACTIVATION, lr=lr)
-        elif arm.kind == "random":
-            moved = act(weights, self.x, self.coin * abs(self.t.get(arm.maximize, 0)) * M)
-        else:
-            moved, t = curvature_teleport(weights, self.x, self.loss_fn, M, lr, self.s.tolerance)
-            if arm.kind == "teleport":
-                self.t[arm.maximize] = t
-        return moved, torch.stack([before, kappa_along(M, moved, self.x)])
-
-
-def curvature_teleport(weights, x, loss_fn, M, lr, tolerance):
-    """Move the layers 2 and 3 by exp(tM), t = lr dκ/dt at 0. Returns the new weights and t.
-
-    t is halved until κ has moved the way lr points and the loss is within tolerance (relative); if 30 halvings do not
-    help, t = 0. dκ/dt is often so large that exp(tM) at the published lr is orders of magnitude beyond where it holds.
-    """
-    U, V, h = (a.double() for a in (weights[2], weights[1], hidden_layers(weights, x, ACTIVATION)[1]))
-    kappa, slope = curve_curvature(U, V, h, M.double(), ACTIVATION)
-    loss = loss_fn(weights)
-    t = (lr * slope).item()
-    for _ in range(30):
-        try:
-            moved = act(weights, x, t * M)
-            change = kappa_along(M, moved, x) - kappa
-            if change * lr > 0 and abs(loss_fn(moved) - loss) <= tolerance * loss:
-                return moved, t
-        except ValueError:  # a singular element
-            pass
-        t /= 2
-    return weights, 0.0
-
-
-def act(weights, x, M):
-    """exp(M) on the layers 2 and 3, in float64."""
-    pair = (a.double() for a in (weights[2], weights[1], hidden_layers(weights, x, ACTIVATION)[1]))
-    U, V = preactivation_action(*pair, torch.linalg.matrix_exp(M.double()), ACTIVATION)
-    return weights[0], V.to(x), U.to(x)
-
-
-def kappa_along(M, weights, x):
-    """κ of t ↦ exp(tM) at t = 0; M may be an ensemble (k, d_2, d_2). In float64; NaN for weights that diverged."""
-    if not all(W.isfinite().all() for W in weights):
-        return torch.full(M.shape[:-2], torch.nan, dtype=torch.float64, device=x.device)
-    U, V, h = (a.double() for a in (weights[2], weights[1], hidden_layers(weights, x, ACTIVATION)[1]))
-    return curve_curvature(U, V, h, M.double(), ACTIVATION)[0]
-
-
-def random_move(weights, x, length, generator):
-    """The pre-activation action of I + sR, R random, with s such that the weights move by `length`."""
-    R = [torch.randn(W.shape[0], W.shape[0], generator=generator).to(W) for W in weights[:-1]]
-    R = [r / r.norm() for r in R]
-    if length == 0:  # the arm that it follows stopped at its cap
-        return weights
-    s = 1e-3
-    for _ in range(12):
-        elements = [torch.eye(len(r)).to(r) + s * r for r in R]
-        moved = apply_to_layers(weights, x, elements, preactivation_action, ACTIVATION)
-        s = s * (length / distance(moved, weights)) ** 0.5  # the distance grows faster than s: half a step of the way
-    return moved
-
-
-def distance(a, b):
-    return sum((p - q).square().sum() for p, q in zip(a, b)).sqrt()
-
-
-def random_sharpness(x, labels, weights, per_radius, generator):
-    """φ on a batch, with new directions drawn uniformly from [0, 1]: the mean of such a direction is 87 % of it."""
-    radii = RADII.repeat_interleave(per_radius)
-    dims = (len(x), *(W.shape[-2] for W in weights))
-    P = sum(i * o for i, o in zip(dims, dims[1:]))
-    directions = torch.rand(len(radii), P, generator=generator).to(x.device)
-    return Sharpness(x, labels, directions, radii.to(x), dims, ACTIVATION)
-
-
-def random_elements(weights, count, generator):
-    d = weights[1].shape[-2]
-    return torch.rand(count, d, d, generator=generator).to(weights[1])
-
-
-class Meter:
-    """φ, ψ, loss and gradient norm on a batch, with directions and elements that no teleport has seen."""
-
-    def __init__(self, x, labels, weights, generator, s):
-        self.x = x
-        self.loss_fn = lambda w: cross_entropy(forward(w, x, ACTIVATION), labels)
-        self.phi = random_sharpness(x, labels, weights, s.measured_directions, generator)
-        self.M = random_elements(weights, s.measured_elements, generator)
-
-    def __call__(self, weights):
-        """weights (E, d_m, d_{m-1}) -> (E, 4); NaN for members that diverged."""
-        values = self.x.new_full((len(weights[0]), len(MEASURED)), torch.nan)
-        alive = torch.stack([W.isfinite().all(-1).all(-1) for W in weights]).all(0)
-        weights = tuple(W[alive] for W in weights)
-        psi = torch.stack([kappa_along(self.M, member, self.x).mean() for member in zip(*weights)]).to(self.x)
-        gradient_norm = squared_gradient_norm(weights, self.loss_fn).sqrt()
-        values[alive] = torch.stack([self.phi(weights), psi, self.loss_fn(weights), gradient_norm], 1)
-        return values
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Numbers and figures
 
 
 def compare(s, arrays):
     """For every arm: did the objective go where it was sent, what did that cost, and is the test loss better?"""
     final = arrays["test_loss"][..., -1]
-    metrics = {"no_teleport": {"test_loss": final[0], "train_loss": arrays["train_loss"][0, :, -1]}}
-    for a, arm in enumerate(ARMS, start=1):
-        k = teleports(arm, s)
+    metrics = {"baseline": {"test_loss": final[0], "train_loss": arrays["train_loss"][0, :, -1]}}
+    for a, way in enumerate(WAYS, start=1):
+        k = teleports(way, s)
         objective = arrays["objective"][a, :, :k]  # (runs, k, 2)
-        moved = (objective[..., 1] > objective[..., 0]) if arm.maximize else (objective[..., 1] < objective[..., 0])
+        moved = (objective[..., 1] > objective[..., 0]) if way.maximize else (objective[..., 1] < objective[..., 0])
         loss = arrays["loss"][a, :, :k]  # (runs, k, [before, after], [batch, held out])
         drift = np.abs(loss[:, :, 1] - loss[:, :, 0]) / loss[:, :, 0]
-        measured = arrays["phi" if arm.objective == "sharpness" else "psi"][:, :, k - 1, 1, 1]  # after all, held out
-        metrics[arm.key] = {
+        measured = arrays[MEASURES[way.objective]][:, :, k - 1, 1, 1]  # after all, held out
+        metrics[way.key] = {
             "teleports": moved.size,
             "moved_as_asked": int(moved.sum()),
             "objective_change": finite_median(objective[..., 1] / objective[..., 0] - 1),
@@ -403,7 +275,7 @@ def compare(s, arrays):
             "largest_drift": [finite_max(drift[..., i]) for i in (0, 1)],
             "test_loss": final[a],
             "train_loss": arrays["train_loss"][a, :, -1],
-            "minus_no_teleport": difference(final[a], final[0]),
+            "minus_baseline": difference(final[a], final[0]),
         }
     return metrics
 
@@ -424,23 +296,23 @@ def judge(*outcomes):
         return [(r.label, r.metrics[key]) for r in outcomes]
 
     def text(key):
-        return ", ".join(f"{interval(m['minus_no_teleport'])} on {label}" for label, m in arms(key))
+        return ", ".join(f"{interval(m['minus_baseline'])} on {label}" for label, m in arms(key))
 
     def labels(key, word):
-        return [label for label, m in arms(key) if verdict(m["minus_no_teleport"]) == word]
+        return [label for label, m in arms(key) if verdict(m["minus_baseline"]) == word]
 
-    up, down, n = "curvature_up_teleport", "sharpness_down_teleport", len(outcomes)
+    up, down, n = "curvature_up_preactivation", "sharpness_down_preactivation", len(outcomes)
     improves, negligible = labels(up, "better"), labels(down, "no difference")
     words, details = Counter(), []
     for r in outcomes:
         for key, m in r.metrics.items():
-            if key == "no_teleport":
+            if key == "baseline":
                 continue
-            word = "diverged" if math.isnan(m["minus_no_teleport"][0]) else verdict(m["minus_no_teleport"])
+            word = "diverged" if math.isnan(m["minus_baseline"][0]) else verdict(m["minus_baseline"])
             change = "diverged" if math.isnan(m["total_change"]) else f"{m['total_change']:+.1%}"
             details.append(
-                f"{r.label}, {arm_name(key)}: {m['moved_as_asked']} of {m['teleports']} teleports went as asked, "
-                f"{change} in all; test loss minus no teleport {interval(m['minus_no_teleport'])} ({word})."
+                f"{r.label}, {WAYS[ARMS.index(key) - 1]}: {m['moved_as_asked']} of {m['teleports']} teleports went as "
+                f"asked, {change} in all; test loss minus no teleport {interval(m['minus_baseline'])} ({word})."
             )
             if key not in (up, down):
                 words[word] += 1
@@ -451,7 +323,7 @@ def judge(*outcomes):
         limits.append(
             f"larger curvature lowers the test loss {'on ' + listed(improves) + ' only' if improves else 'nowhere'}"
         )
-    diverged = [label for label, m in arms(down) if math.isnan(m["minus_no_teleport"][0])]
+    diverged = [label for label, m in arms(down) if math.isnan(m["minus_baseline"][0])]
     matter = [r.label for r in outcomes if r.label not in negligible + diverged]
     if matter:
         limits.append(f"flatter points matter on {listed(matter)}")
@@ -462,7 +334,7 @@ def judge(*outcomes):
         "; ".join(limits),
         f"Final test loss after teleporting to larger curvature minus that without: {text(up)}.",
         details,
-        f"final test loss {interval(arms(up)[0][1]['minus_no_teleport'])} on {arms(up)[0][0]}",
+        f"final test loss {interval(arms(up)[0][1]['minus_baseline'])} on {arms(up)[0][0]}",
         answers={"direction": direction(outcomes)},
     )
 
@@ -473,112 +345,117 @@ def direction(outcomes):
     for outcome in outcomes:
         losses = outcome.arrays["test_loss"][..., -(outcome.arrays["test_loss"].shape[-1] // 4) :].mean(-1)  # (M, S)
         for way in ("up", "down"):
-            c = statistics.compare(losses[[m and m.key for m in MEMBERS].index(f"curvature_{way}_teleport")], losses[0])
+            c = statistics.compare(losses[ARMS.index(f"curvature_{way}_preactivation")], losses[0])
             effect, low, high = (f"{statistics.percent(x):+.2f}" for x in (c.effect, c.low, c.high))
             said.append(f"{outcome.label}, ψ {way} {effect} [{low}, {high}] % ({c.word})")
     return f"Test loss of {len(outcomes[0].seeds)} runs against no teleport, margin 1 %: {'; '.join(said)}."
 
 
-def arm_name(key):
-    objective, direction, kind = key.split("_")
-    return f"{'φ' if objective == 'sharpness' else 'ψ'} {direction}, {kind}"
-
-
 def plot(outcome, s, save):
-    figure, axes = plots.panels(2, 5, width=3.4, height=3.2)
-    for row, objective in zip(axes, KINDS):
-        symbol = SYMBOLS[objective]
-        plot_losses(row[0], outcome, s, objective, "published")
-        plot_losses(row[1], outcome, s, objective, "teleport")
-        plot_differences(row[2], outcome, objective)
-        plot_objective(row[3], outcome, s, objective)
-        plot_drift(row[4], outcome, s, objective)
-        row[0].set(title=f"{objective} {symbol}, published", ylabel=f"loss, {outcome.label}")
-        row[1].set(title=f"{objective} {symbol}, teleport")
-        row[2].set(title="final test loss − no teleport, 95 %", ylabel="linear within ± 1e-3, log beyond")
-        row[3].set(title=f"{symbol} before → after all teleports")
-        row[4].set(title="|Δloss| / loss of each teleport")
-    save(figure)
+    save(plot_curves(outcome, s))
+    save(plot_controls(outcome, s), "controls")
 
 
-def plot_losses(ax, outcome, s, objective, kind):
-    """Figure 4: training loss dashed, test loss solid, mean ± std."""
-    moved = [(a, f"{SYMBOLS[objective]} {arm.direction}") for a, arm in arms_of(objective) if arm.kind == kind]
-    epochs = range(1, s.epochs + 1)
-    for i, (a, label) in enumerate([(0, "no teleport"), *moved]):
+def plot_curves(outcome, s):
+    """Figure 4: the published teleports to sharper and flatter points, to more and less curved ones."""
+    figure, axes = plots.panels(1, 2, width=4, height=3.2)
+    for ax, objective in zip(axes[0], SYMBOLS):
+        plot_losses(ax, outcome, s, objective, "published")
+    axes[0, 0].set_ylabel(f"loss, {outcome.label}")
+    return figure
+
+
+def plot_losses(ax, outcome, s, objective, action):
+    """Training loss dashed, test loss solid, mean ± std, of the baseline and of one action's arms up and down."""
+    moved = [(a, f"{SYMBOLS[objective]} {way.direction}") for a, way in ways_of(objective) if way.action == action]
+    for i, (a, label) in enumerate([(0, "baseline"), *moved]):
         look = dict(plots.style(i, marker=True), markevery=(2 * i, 8))
         alive = np.isfinite(outcome.arrays["train_loss"][a]).all(-1)
         label += "" if alive.all() else f" ({alive.sum()} of {len(alive)} runs left)"
         for key, line, name in (("train_loss", "--", None), ("test_loss", "-", label)):
             if alive.any():
-                plots.band(ax, epochs, outcome.arrays[key][a, alive], name, i, **{**look, "linestyle": line})
+                curves = outcome.arrays[key][a, alive]
+                plots.band(ax, range(1, s.epochs + 1), curves, name, i, **{**look, "linestyle": line})
     usual = np.stack([outcome.arrays[key][0] for key in ("train_loss", "test_loss")])
     low, high = usual.min(), usual.max()
     room = high / low  # below for the legend; a diverged arm leaves the axes
     plots.log_loss(ax)
-    ax.set(xlabel="epoch", ylim=(low / room**0.7, high * room**0.15))
+    ax.set(
+        xlabel="epoch", ylim=(low / room**0.7, high * room**0.15), title=f"{objective} {SYMBOLS[objective]}, {action}"
+    )
     ax.legend(title="training dashed, test solid, ± std", fontsize=7, title_fontsize=7, loc="lower left")
+
+
+def plot_controls(outcome, s):
+    """Every arm: loss curves of the pre-activation one, final test loss, φ or ψ before and after, drift."""
+    figure, axes = plots.panels(2, 4, width=3.6, height=3.4)
+    for row, objective in zip(axes, SYMBOLS):
+        plot_losses(row[0], outcome, s, objective, "preactivation")
+        plot_differences(row[1], outcome, objective)
+        plot_objective(row[2], outcome, s, objective)
+        plot_drift(row[3], outcome, s, objective)
+        row[0].set_ylabel(f"loss, {outcome.label}")
+        row[1].set(title="final test loss − baseline's, 95 %", ylabel="linear within ± 1e-3, log beyond")
+        row[2].set(title=f"{SYMBOLS[objective]} before → after all teleports")
+        row[3].set(title="|Δloss| / loss of each teleport")
+    return figure
 
 
 def plot_differences(ax, outcome, objective):
     """Mean and 95 % interval over the runs."""
-    arms = arms_of(objective)
-    for x, (_, arm) in enumerate(arms):
-        mean, low, high = outcome.metrics[arm.key]["minus_no_teleport"]
-        if mean is None:
+    for x, (_, way) in enumerate(ways_of(objective)):
+        mean, low, high = outcome.metrics[way.key]["minus_baseline"]
+        if math.isnan(mean):
             ax.annotate("diverged", (x, 0), rotation=90, ha="center", va="bottom", fontsize=8)
         else:
-            error = None if low is None else [[mean - low], [high - mean]]
-            look = {**look_of(arm), "linestyle": "", "markevery": None}
-            ax.errorbar(x, mean, error, capsize=3, **look)
+            error = None if math.isnan(low) else [[mean - low], [high - mean]]
+            ax.errorbar(x, mean, error, capsize=3, **look_of(way), linestyle="")
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set_yscale("symlog", linthresh=1e-3)
     ticks = [sign * 10.0**e for sign in (-1, 1) for e in range(-3, 3)] + [0]
     low, high = ax.get_ylim()
     ax.set_yticks([t for t in ticks if low <= t <= high])
-    ax.set_xlim(-0.5, len(arms) - 0.5)
-    name_arms(ax, arms)
-
-
-def look_of(arm):
-    """Colour and marker by kind; up solid, down dashed."""
-    i = 1 + ("teleport", "published", "rescaling", "random").index(arm.kind)
-    return {**plots.style(i, marker=True), "linestyle": "-" if arm.maximize else "--", "markevery": (i, 6)}
+    name_arms(ax, objective)
 
 
 def plot_objective(ax, outcome, s, objective):
     """One line per run, from before its first teleport to after its last, on held-out data and fresh draws."""
-    arms = arms_of(objective)
-    values = outcome.arrays["phi" if objective == "sharpness" else "psi"][..., 1]  # held out
-    for x, (a, arm) in enumerate(arms):
-        k = teleports(arm, s)
+    values = outcome.arrays[MEASURES[objective]][..., 1]  # held out
+    for x, (a, way) in enumerate(ways_of(objective)):
+        k = teleports(way, s)
         for run in values[a]:
-            look = {**look_of(arm), "markevery": [1], "linestyle": "-"}
-            ax.plot([x - 0.25, x + 0.25], [run[0, 0], run[k - 1, 1]], linewidth=1, **look)
+            ax.plot([x - 0.25, x + 0.25], [run[0, 0], run[k - 1, 1]], linewidth=1, **look_of(way), markevery=[1])
     ax.set(yscale="log", ylim=(max(np.nanmin(values[0]) / 30, ax.get_ylim()[0]), None))
-    name_arms(ax, arms)
+    name_arms(ax, objective)
 
 
 def plot_drift(ax, outcome, s, objective):
-    arms = arms_of(objective)
-    for x, (a, arm) in enumerate(arms):
-        loss = outcome.arrays["loss"][a, :, : teleports(arm, s)]
+    """|Δloss| / loss of every teleport of every run, on its batch and on a held-out one."""
+    for x, (a, way) in enumerate(ways_of(objective)):
+        loss = outcome.arrays["loss"][a, :, : teleports(way, s)]
         drift = (np.abs(loss[:, :, 1] - loss[:, :, 0]) / loss[:, :, 0]).clip(1e-8).reshape(-1, 2)
         for i, (name, face) in enumerate((("teleport batch", None), ("held-out batch", "none"))):
-            look = {**look_of(arm), "linestyle": "", "markerfacecolor": face, "markevery": None}
-            ax.plot(np.full(len(drift), x - 0.15 + 0.3 * i), drift[:, i], label=None if x else name, **look)
+            look = {**look_of(way), "linestyle": "", "markerfacecolor": face, "label": None if x else name}
+            ax.plot(np.full(len(drift), x - 0.15 + 0.3 * i), drift[:, i], **look)
     ax.set(yscale="log", ylabel="less is drawn at 1e-8")
     ax.legend(fontsize=8)
-    name_arms(ax, arms)
+    name_arms(ax, objective)
 
 
-def arms_of(objective):
-    return [(a, arm) for a, arm in enumerate(ARMS, start=1) if arm.objective == objective]
+def ways_of(objective):
+    return [(a, way) for a, way in enumerate(WAYS, start=1) if way.objective == objective]
 
 
-def name_arms(ax, arms):
-    names = [f"{arm.kind} {arm.direction}" for _, arm in arms]
-    ax.set_xticks(range(len(arms)), names, rotation=60, ha="right", fontsize=8)
+def look_of(way):
+    """Colour and marker by action."""
+    look = plots.style(1 + ACTIONS.index(way.action), marker=True)
+    return {key: look[key] for key in ("color", "marker", "markersize")}
+
+
+def name_arms(ax, objective):
+    names = [f"{way.action} {way.direction}" for _, way in ways_of(objective)]
+    ax.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+    ax.set_xlim(-0.5, len(names) - 0.5)
 
 
 def report(outcome, s):
@@ -588,29 +465,19 @@ def report(outcome, s):
     def number(value):
         return "diverged" if math.isnan(value) else f"{value:.1e}"
 
-    base = outcome.metrics["no_teleport"]
-    rows = [["no teleport", "", "", "", "", "", mean_std(base["test_loss"]), "", ""]]
-    for arm in ARMS:
-        m = outcome.metrics[arm.key]
-        rows.append(
-            [
-                f"{SYMBOLS[arm.objective]} {arm.direction}, {arm.kind}",
-                f"{m['moved_as_asked']}/{m['teleports']}",
-                percent(m["objective_change"]),
-                percent(m["total_change"]),
-                number(m["drift"][1]),
-                number(m["largest_drift"][1]),
-                mean_std(m["test_loss"]),
-                interval(m["minus_no_teleport"]),
-                verdict(m["minus_no_teleport"]),
-            ]
-        )
-    header = ["arm", "as asked", "change", "in all", "drift", "largest", "test loss", "minus no teleport", ""]
+    rows = [["baseline", "", "", "", "", "", mean_std(outcome.metrics["baseline"]["test_loss"]), "", ""]]
+    for way in WAYS:
+        m = outcome.metrics[way.key]
+        changes = [percent(m[key]) for key in ("objective_change", "total_change")]
+        drifts = [number(m[key][1]) for key in ("drift", "largest_drift")]
+        last = [mean_std(m["test_loss"]), interval(m["minus_baseline"]), verdict(m["minus_baseline"])]
+        rows.append([way, f"{m['moved_as_asked']}/{m['teleports']}", *changes, *drifts, *last])
+    header = ["arm", "as asked", "change", "in all", "drift", "largest", "test loss", "minus baseline's", ""]
     title = (
         f"{outcome.label}, {s.seeds} runs, epoch {s.epochs}. As asked: teleports that moved φ or ψ the right way;"
         "\nchange: of φ or ψ by a teleport, median; in all: φ or ψ after the last one against no teleport, on held-out"
         "\ndata and fresh draws, median; drift: |Δloss|/loss of a teleport on held-out data, median and largest."
-        f"\n95 % intervals; of {len(ARMS)} comparisons one in twenty differs by chance."
+        f"\n95 % intervals; of {len(WAYS)} comparisons one in twenty differs by chance."
     )
     return f"{title}\n\n{table(header, rows)}"
 

@@ -31,14 +31,15 @@ class Arm(NamedTuple):
     raises: bool = False  # not moved: its learning rate grows as much as the move would have raised ‖∂L/∂W‖
     epoch: int | None = None  # of its moves, where arms differ
     moves: int | None = None  # how many it makes, where arms differ
+    follows: str | None = None  # the arm before it whose Teleportation its move takes last: a control of the same size
 
 
 class Stack:
     """A arms × learning rates × runs as one StackedMLP, and the record of what each move did.
 
-    arms: in the order of every array's first axis. weights: (S, d_m, d_{m-1}), the runs' initial weights. rates: (F,)
-    learning rates of every arm, or a number, which leaves the axis F out, or (A, F), every arm's own. moves: how many
-    there will be at most.
+    arms: in the order of every array's first axis. weights: (S, d_m, d_{m-1}), the runs' initial weights; with a number
+    for rates also (A, S, d_m, d_{m-1}), each arm's own. rates: (F,) learning rates of every arm, or a number, which
+    leaves the axis F out, or (A, F), every arm's own. moves: how many there will be at most.
 
     loss, objective: (A, [F,] S, moves, 2), on the move's batch, before and after; 0 for arms that do not move.
     seconds: (A,), of all moves so far.
@@ -48,7 +49,7 @@ class Stack:
         first = weights[0]
         rates = torch.as_tensor(rates, dtype=first.dtype)
         rates = rates if rates.ndim > 1 else rates.expand(len(arms), *rates.shape)
-        self.arms, self.shape = tuple(arms), (*rates.shape[1:], len(first))
+        self.arms, self.shape = tuple(arms), (*rates.shape[1:], first.shape[-3])
         every = (len(self.arms), *self.shape)
         factors = torch.tensor([arm.rate for arm in self.arms], dtype=first.dtype)
         rates = factors.view(-1, *(1 for _ in self.shape)) * rates[..., None]
@@ -68,13 +69,17 @@ class Stack:
         return values.unflatten(0, (len(self.arms), *self.shape))
 
     def move(self, k: int, *batch: Any, dtype: torch.dtype = torch.float32, epoch: int | None = None) -> None:
-        """The k-th move of the arms that have one (now): arm.move(weights ([F,] S, d_m, d_{m-1}), *batch); restarts."""
+        """The k-th move of the arms that have one now, and restarts: arm.move(weights ([F,] S, d_m, d_{m-1}), *batch),
+        with the other's Teleportation behind the batch for an arm that follows another."""
+        made = {}
         for a, arm in enumerate(self.arms):
-            if arm.epoch not in (None, epoch) or k >= (arm.moves or k + 1):
+            if arm.epoch not in (None, epoch) or (arm.moves is not None and k >= arm.moves):
                 continue
             mine, start = self.members(a), clock(self.net.lr.device)
             if arm.move is not None:
-                moved = arm.move(tuple(W[mine].unflatten(0, self.shape).to(dtype) for W in self.net.weights), *batch)
+                weights = tuple(W[mine].unflatten(0, self.shape).to(dtype) for W in self.net.weights)
+                lead = () if arm.follows is None else (made[arm.follows],)
+                made[arm.name] = moved = arm.move(weights, *batch, *lead)
                 if arm.raises:
                     growth = (moved.objective_after / moved.objective_before).sqrt()
                     self.net.lr[mine] *= growth.flatten().to(self.net.lr.dtype)

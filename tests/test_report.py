@@ -46,13 +46,13 @@ def test_verdict_on_figures_5_and_13():
 def test_verdict_on_figure_4():
     results, word = judged("teleport_sharpness_curvature.py")
     for r in results:
-        r.metrics["sharpness_down_teleport"]["minus_no_teleport"] = (0.0, -0.1, 0.1)
-        r.metrics["curvature_up_teleport"]["minus_no_teleport"] = (-0.1, -0.2, -0.05)
+        r.metrics["sharpness_down_preactivation"]["minus_baseline"] = (0.0, -0.1, 0.1)
+        r.metrics["curvature_up_preactivation"]["minus_baseline"] = (-0.1, -0.2, -0.05)
     assert word() == "holds"
-    results[0].metrics["sharpness_down_teleport"]["minus_no_teleport"] = (-0.1, -0.2, -0.05)
+    results[0].metrics["sharpness_down_preactivation"]["minus_baseline"] = (-0.1, -0.2, -0.05)
     assert word() == "holds in part"
     for r in results:
-        r.metrics["curvature_up_teleport"]["minus_no_teleport"] = (-0.1, -0.2, 0.01)
+        r.metrics["curvature_up_preactivation"]["minus_baseline"] = (-0.1, -0.2, 0.01)
     assert word() == "does not hold"
 
 

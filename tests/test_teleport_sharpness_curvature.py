@@ -10,38 +10,31 @@ from conftest import read_results, run_inside
 from torch.testing import assert_close
 
 import teleport_sharpness_curvature as figure4
-from common import cli
+from common import cli, moves
+from common.arms import draw_batches
 from common.data import load
 from common.mlp import StackedMLP, initial_weights
-from teleport import (
-    forward,
-    leaky_relu,
-    preactivation_action,
-    teleport,
-)
+from teleport import forward, leaky_relu, preactivation_action, teleport
 
 LEAKY = leaky_relu(0.1)
+DIMS = (784, 16, 10, 10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The script's moves, on a network trained as Figure 4's
+# The moves, on a network trained as Figure 4's
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """Weights (784-16-10-10), data and ten draws: batch, φ with new directions, M."""
+    """Weights (784-16-10-10), and ten draws: batch, φ with new directions, M."""
     data = load("mnist-mini")
-    net = StackedMLP(initial_weights((784, 16, 10, 10), [54321]), lr=1e-2)
+    net = StackedMLP(initial_weights(DIMS, [54321]), lr=1e-2)
     for _ in range(8):
         net.train_epoch(data.x, data.y, 20)
-    weights = tuple(W[0] for W in net.weights)
-    settings = replace(figure4.PRESETS["quick"], directions=5)
-    draws = []
-    for seed in range(10):
-        generator = torch.Generator().manual_seed(seed)
-        x, labels = figure4.random_batch(data.x, data.y, 500, generator)
-        draws.append(figure4.Mover(x, labels, weights, generator, settings))
-    return weights, draws
+    generators = [torch.Generator().manual_seed(seed) for seed in range(10)]
+    batches = zip(*draw_batches(data.x, data.y, 500, generators))
+    draws = [moves.Draws.of(x, labels, DIMS, 5, g) for (x, labels), g in zip(batches, generators)]
+    return tuple(W[0] for W in net.weights), draws
 
 
 @pytest.mark.parametrize("maximize", (True, False), ids=("up", "down"))
@@ -52,7 +45,7 @@ def test_sharpness_goes_where_it_is_sent(trained, maximize, backtracking):
     moved = 0
     for d in draws:
         result = teleport(
-            weights, d.x, d.loss_fn, objective=d.phi, action=preactivation_action, activation=figure4.ACTIVATION,
+            weights, d.x, d.loss_fn, objective=d.phi, action=preactivation_action, activation=LEAKY,
             lr=5e-2, steps=3 if backtracking else 10, maximize=maximize, backtracking=backtracking,
         )  # fmt: skip
         moved += bool((result.objective_after > result.objective_before) == maximize)
@@ -66,35 +59,48 @@ def test_curvature_goes_where_it_is_sent(trained, maximize):
     weights, draws = trained
     for d in draws:
         lr = 2e-1 if maximize else -5e-2
-        moved, t = figure4.curvature_teleport(weights, d.x, d.loss_fn, d.M, lr, tolerance=0.01)
-        before, after = (figure4.kappa_along(d.M, W, d.x) for W in (weights, moved))
-        assert t != 0 and (after > before) == maximize
-        assert abs(d.loss_fn(moved) / d.loss_fn(weights) - 1) <= 0.01
-        assert torch.equal(moved[0], weights[0])
+        result = moves.curvature_teleport(weights, d.x, d.loss_fn, d.M, lr, tolerance=0.01)
+        before, after = (moves.kappa_along(d.M, W, d.x) for W in (weights, result.weights))
+        assert result.size > 0 and (after > before) == maximize
+        assert_close((result.objective_before, result.objective_after), (before, after))
+        assert abs(d.loss_fn(result.weights) / d.loss_fn(weights) - 1) <= 0.01
+        assert torch.equal(result.weights[0], weights[0])
 
 
 def test_every_arm_moves_and_rescaling_keeps_the_outputs(trained):
     weights, draws = trained
-    d = mover = draws[0]
-    before = forward(weights, d.x, LEAKY)
-    for arm in figure4.ARMS:
-        moved, objective = mover(arm, weights)
-        assert figure4.distance(moved, weights) > 0 and objective.shape == (2,) and objective.isfinite().all()
-        if arm.kind == "rescaling":
-            assert_close(forward(moved, d.x, LEAKY), before, rtol=1e-5, atol=1e-5)
+    before, stack, made = forward(weights, draws[0].x, LEAKY), tuple(W[None] for W in weights), {}
+    for arm in figure4.arms(replace(figure4.PRESETS["quick"], directions=5))[1:]:
+        made[arm.name] = moved = arm.move(stack, draws[0], *([made[arm.follows]] if arm.follows else []))
+        assert moves.distance(moved.weights, stack) > 0 and torch.stack(moved[1:]).isfinite().all()
+        if arm.name.endswith("rescaling"):
+            assert_close(forward(moved.weights, draws[0].x, LEAKY)[0], before, rtol=1e-5, atol=1e-5)
+        if arm.follows:
+            assert_close(moves.distance(moved.weights, stack) > 0, moved.size > 0)
 
 
 @pytest.mark.parametrize("length", (0.0, 0.3, 3.0))
 def test_the_random_control_moves_as_far_as_asked(trained, length):
     weights, draws = trained
-    moved = [figure4.random_move(weights, d.x, torch.tensor(length), torch.Generator().manual_seed(0)) for d in draws]
-    gone = torch.stack([figure4.distance(m, weights) for m in moved])
-    assert_close(gone, torch.full((10,), length), rtol=0.02, atol=0)
+    lengths = torch.full((10,), length)
+    ensemble, x = tuple(W.expand(10, *W.shape) for W in weights), torch.stack([d.x for d in draws])
+    moved = moves.random_move(ensemble, x, lengths, LEAKY, torch.Generator().manual_seed(0))
+    assert_close(moves.distance(moved, ensemble), lengths, rtol=0.02, atol=0)
+    if length:
+        assert len({W[0, 0].item() for W in moved[1]}) == 10  # every member its own element
+
+
+def test_a_diverged_run_stays_where_it_is(trained):
+    weights, draws = trained
+    for arm in figure4.arms(figure4.PRESETS["tiny"])[1:]:
+        if not arm.follows:
+            moved = arm.move(tuple(W[None] * torch.nan for W in weights), draws[0])
+            assert moved.objective_after.isnan().all() and moved.size == 0
 
 
 def test_a_diverged_member_is_reported_as_such(trained):
     weights, draws = trained
-    meter = figure4.Meter(draws[0].x, torch.arange(500) % 10, weights, torch.Generator(), figure4.PRESETS["tiny"])
+    meter = moves.Meter(draws[0].x, torch.arange(500) % 10, DIMS, 1, 2, torch.Generator())
     stack = tuple(torch.stack([W, W * torch.nan]) for W in weights)
     values = meter(stack)
     assert values[0].isfinite().all() and values[1].isnan().all()
@@ -116,11 +122,11 @@ def run_tiny(output, *options):
 def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, monkeypatch):
     teleporter, seeds = figure4.teleporter, []
 
-    def counting(run, net, data, seed):
+    def counting(stack, data, seed, s):
         seeds.append(seed)
         if len(seeds) == 2:  # Ctrl-C in the second run's teleports
             raise KeyboardInterrupt
-        return teleporter(run, net, data, seed)
+        return teleporter(stack, data, seed, s)
 
     monkeypatch.setattr(figure4, "teleporter", counting)
     with pytest.raises(SystemExit) as stop:
@@ -143,12 +149,12 @@ def test_a_step_too_long_to_be_made_is_not_made(tmp_path, monkeypatch):
     name = "teleport_sharpness_curvature_mnist-mini"
     arrays = np.load(tmp_path / "results/tiny" / f"{name}.npz")
     metrics = json.loads((tmp_path / "results/tiny" / f"{name}.json").read_text())["metrics"]
-    for a, arm in enumerate(figure4.ARMS, start=1):
-        if arm.objective == "sharpness" and arm.kind in ("teleport", "random"):
-            assert metrics[arm.key]["moved_as_asked"] == 0 and metrics[arm.key]["largest_drift"] == [0, 0]
+    for a, way in enumerate(figure4.WAYS, start=1):
+        if way.objective == "sharpness" and way.action in ("preactivation", "random"):
+            assert metrics[way.key]["moved_as_asked"] == 0 and metrics[way.key]["largest_drift"] == [0, 0]
             assert np.array_equal(arrays["train_loss"][a], arrays["train_loss"][0])
-        if arm.objective == "curvature" and arm.kind == "teleport":
-            assert metrics[arm.key]["moved_as_asked"] == metrics[arm.key]["teleports"]
+        if way.objective == "curvature" and way.action == "preactivation":
+            assert metrics[way.key]["moved_as_asked"] == metrics[way.key]["teleports"]
 
 
 def test_a_teleport_batch_larger_than_the_dataset_is_one_clear_error(tmp_path, monkeypatch, capsys):
@@ -173,12 +179,12 @@ def test_table_says_what_the_arrays_say(tiny):
     assert np.array_equal(arrays["loss"][0, :, :, 0], arrays["loss"][0, :, :, 1])  # no teleport: before is after
     shared = arrays["test_loss"][:, :, :2]
     assert np.array_equal(shared, np.broadcast_to(shared[:1], shared.shape))  # the first epochs are shared
-    for a, arm in enumerate(figure4.ARMS, start=1):
-        m, k = metrics[arm.key], figure4.teleports(arm, figure4.PRESETS["tiny"])
+    for a, way in enumerate(figure4.WAYS, start=1):
+        m, k = metrics[way.key], figure4.teleports(way, figure4.PRESETS["tiny"])
         before, after = arrays["objective"][a, :, :k, 0], arrays["objective"][a, :, :k, 1]
-        assert m["teleports"] == 2 * k and m["moved_as_asked"] == ((after > before) == arm.maximize).sum()
+        assert m["teleports"] == 2 * k and m["moved_as_asked"] == ((after > before) == way.maximize).sum()
         drift = abs(arrays["loss"][a, :, :k, 1] / arrays["loss"][a, :, :k, 0] - 1).max((0, 1))
-        if arm.kind == "rescaling":
+        if way.action == "rescaling":
             assert drift.max() < 1e-6
-        if arm.kind == "teleport":
+        if way.action == "preactivation":
             np.testing.assert_allclose(m["largest_drift"], drift, atol=1e-6)

@@ -91,3 +91,26 @@ def test_arms_move_when_they_are_told_and_as_often(data):
     assert (stack.objective[:, 0, :, 0] != 0).tolist() == [[True, True, True], [False, True, True], [False] * 3]
     stack.move(0, X, labels, epoch=1)
     assert (stack.objective[2, 0, :, 0] != 0).tolist() == [True, False, False]
+
+
+def test_an_arm_that_follows_takes_the_move_of_the_other(data):
+    taken = []
+
+    def after(weights, X, labels, lead):
+        taken.append(lead.objective_after)
+        return lead
+
+    arms = (Arm("baseline"), Arm("twice", twice, moves=1), Arm("random", after, moves=1, follows="twice"))
+    stack = Stack(arms, initial_weights(DIMS, SEEDS), "SGD", 1e-2, moves=2)
+    X, labels = draw_batches(data.x, data.y, 10, [torch.Generator().manual_seed(s) for s in SEEDS])
+    for k in range(2):
+        stack.move(k, X, labels)
+    assert len(taken) == 1 and torch.equal(taken[0].double(), stack.objective[1, :, 0, 1])
+    torch.testing.assert_close(stack.by_arm(stack.net.weights[0])[2], 2 * stack.by_arm(stack.net.weights[0])[0])
+    assert not stack.objective[:, :, 1].any()
+
+
+def test_arms_may_start_apart():
+    weights = initial_weights(DIMS, [1, 2, 3, 4])
+    stack = Stack(ARMS[:2], [W.unflatten(0, (2, 2)) for W in weights], "SGD", 1e-2, moves=0)
+    assert all(torch.equal(W, V) for W, V in zip(stack.net.weights, weights))

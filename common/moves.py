@@ -1,0 +1,233 @@
+"""Moves to sharper, flatter, more and less curved points (Figure 4 of ICLR 2024), and at random of a given size.
+
+A Move is a Teleportation that also says how far it went, so that an arm that follows it can go as far at random. The
+moves are of one network with one batch; `attempt` makes them those of a stack of one run (`common.arms.Stack.move`).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common import published
+from common.losses import batch_loss
+from common.sharpness import Sharpness
+from teleport import (
+    Activation,
+    apply_to_layers,
+    curve_curvature,
+    hidden_layers,
+    leaky_relu,
+    preactivation_action,
+    rescaling_action,
+    squared_gradient_norm,
+    teleport,
+)
+
+ACTIVATION = leaky_relu(0.1)
+RADII = torch.arange(1, 10, dtype=torch.float32, device="cpu") / 10  # published: of φ in Figure 4
+HALVINGS = 30  # of a step on ψ that goes too far
+
+
+class Move(NamedTuple):
+    """teleport.Teleportation, and its size: the distance between the weights before and after, or |t| on a curve."""
+
+    weights: tuple[Tensor, ...]
+    loss_before: Tensor
+    loss_after: Tensor
+    objective_before: Tensor
+    objective_after: Tensor
+    size: Tensor
+
+
+class Draws(NamedTuple):
+    """What all arms of a run share in one teleport."""
+
+    x: Tensor  # (d_0, n)
+    labels: Tensor  # (n,)
+    loss_fn: Callable
+    new_phi: Callable  # () -> φ on the batch, with directions that nobody has seen
+    phi: Sharpness
+    M: Tensor  # (d_2, d_2), uniform in [0, 1]
+    coin: int  # ± 1
+    generator: torch.Generator
+
+    @classmethod
+    def of(cls, x: Tensor, labels: Tensor, dims: Sequence[int], directions: int, generator: torch.Generator) -> "Draws":
+        """For a network of widths dims = (d_0, …, d_3), and so many directions for each radius of φ."""
+        new_phi = partial(random_sharpness, x, labels, dims, directions, generator)
+        phi, M = new_phi(), torch.rand(dims[2], dims[2], generator=generator).to(x)
+        coin = 1 if torch.rand((), generator=generator) < 0.5 else -1
+        return cls(x, labels, batch_loss(x, labels, ACTIVATION), new_phi, phi, M, coin, generator)
+
+
+class Meter:
+    """φ, ψ, loss and gradient norm on a batch, with directions and elements that no teleport has seen."""
+
+    def __init__(
+        self, x: Tensor, labels: Tensor, dims: Sequence[int], directions: int, elements: int, generator: torch.Generator
+    ) -> None:
+        """x (d_0, n), labels (n,); φ of so many directions for each radius, ψ a mean over so many M."""
+        self.x, self.loss_fn = x, batch_loss(x, labels, ACTIVATION)
+        self.phi = random_sharpness(x, labels, dims, directions, generator)
+        self.M = torch.rand(elements, dims[2], dims[2], generator=generator).to(x)
+
+    def __call__(self, weights: Sequence[Tensor]) -> Tensor:
+        """weights (E, d_m, d_{m-1}) -> (E, 4); NaN for members that diverged."""
+        values = self.x.new_full((len(weights[0]), 4), torch.nan)
+        alive = torch.stack([W.isfinite().all(-1).all(-1) for W in weights]).all(0)
+        weights = tuple(W[alive] for W in weights)
+        psi = torch.stack([kappa_along(self.M, member, self.x).mean() for member in zip(*weights)]).to(self.x)
+        gradient_norm = squared_gradient_norm(weights, self.loss_fn).sqrt()
+        values[alive] = torch.stack([self.phi(weights), psi, self.loss_fn(weights), gradient_norm], 1)
+        return values
+
+
+def random_sharpness(
+    x: Tensor, labels: Tensor, dims: Sequence[int], per_radius: int, generator: torch.Generator
+) -> Sharpness:
+    """φ on a batch, with new directions drawn uniformly from [0, 1]: the mean of such a direction is 87 % of it."""
+    radii = RADII.repeat_interleave(per_radius)
+    P = sum(i * o for i, o in zip(dims, dims[1:]))
+    directions = torch.rand(len(radii), P, generator=generator).to(x.device)
+    return Sharpness(x, labels, directions, radii.to(x), dims, ACTIVATION)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The moves
+
+
+def attempt(move: Callable[..., Move], weights: Sequence[Tensor], draws: Draws, *lead: Move) -> Move:
+    """move(weights W_m (d_m, d_{m-1}), draws, [the size of the move that it follows]) for a stack of one run.
+
+    A run that has diverged, or whose step is so long that its element is singular or infinite, stays where it is: its
+    losses and objectives are NaN, its size is 0.
+    """
+    member = tuple(W[0] for W in weights)
+    try:
+        if not all(W.isfinite().all() for W in member):
+            raise ValueError("weights are not finite")
+        moved = move(member, draws, *(one.size[0] for one in lead))
+    except (ValueError, torch.linalg.LinAlgError):
+        nowhere = member[0].new_zeros(())
+        moved = Move(member, *[nowhere * torch.nan] * 4, nowhere)
+    return Move(tuple(W[None] for W in moved.weights), *(value[None] for value in moved[1:]))
+
+
+def move_sharpness(
+    action: str,
+    weights: Sequence[Tensor],
+    draws: Draws,
+    length: Tensor | None = None,
+    *,
+    lr: float,
+    maximize: bool,
+    steps: int,
+    cap: float,
+) -> Move:
+    """Ascent or descent of φ by the action (preactivation, rescaling, published); random: as far as `length`."""
+    x, loss_fn, phi = draws.x, draws.loss_fn, draws.phi
+    options = dict(activation=ACTIVATION, lr=lr, steps=steps, maximize=maximize)
+    if action == "random":
+        moved = random_move(weights, x, length, ACTIVATION, draws.generator)
+        return Move(moved, loss_fn(weights), loss_fn(moved), phi(weights), phi(moved), length)
+    if action == "published":
+        result = published.teleport_sharpness(weights, x, loss_fn, draws.new_phi, cap=cap, **options)
+    else:
+        along = rescaling_action if action == "rescaling" else preactivation_action
+        result = teleport(weights, x, loss_fn, objective=phi, action=along, cap=cap if maximize else None, **options)
+    return Move(*result, distance(result.weights, weights))
+
+
+def move_curvature(
+    action: str,
+    weights: Sequence[Tensor],
+    draws: Draws,
+    t: Tensor | None = None,
+    *,
+    lr: float,
+    maximize: bool,
+    tolerance: float,
+) -> Move:
+    """One step on κ along t ↦ exp(tM) by the action (preactivation, rescaling, published); random: to ± t."""
+    x, loss_fn = draws.x, draws.loss_fn
+    if action in ("preactivation", "rescaling"):  # exp(tM) of a diagonal M is diagonal and positive: a rescaling
+        M = draws.M if action == "preactivation" else draws.M.diag().diag()
+        return curvature_teleport(weights, x, loss_fn, M, lr if maximize else -lr, tolerance)
+    if action == "published":
+        moved = published.teleport_curvature(weights, x, draws.M, activation=ACTIVATION, lr=lr, maximize=maximize)
+    else:
+        moved = along_curve(weights, x, draws.coin * t * draws.M)
+    kappas = (kappa_along(draws.M, W, x) for W in (weights, moved))
+    return Move(moved, loss_fn(weights), loss_fn(moved), *kappas, distance(moved, weights))
+
+
+def curvature_teleport(
+    weights: Sequence[Tensor], x: Tensor, loss_fn: Callable, M: Tensor, lr: float, tolerance: float
+) -> Move:
+    """Move along t ↦ exp(tM) to t = lr dκ/dt, up (lr > 0) or down; the objective is κ, the size |t|.
+
+    t is halved until κ has moved the way that lr points and the loss by no more than tolerance (relative); if no
+    halving helps, t = 0 and the weights stay. dκ/dt is often so large that exp(tM) at the published lr lies orders of
+    magnitude beyond where it holds. weights W_m (d_m, d_{m-1}), x (d_0, n), M (d_2, d_2).
+    """
+    kappa, slope = curve_curvature(*_pair(weights, x), M.double(), ACTIVATION)
+    loss, t = loss_fn(weights), lr * slope
+    for _ in range(HALVINGS):
+        try:
+            moved = along_curve(weights, x, t * M)
+            after, moved_loss = kappa_along(M, moved, x), loss_fn(moved)
+            if (after - kappa) * lr > 0 and (moved_loss - loss).abs() <= tolerance * loss:
+                return Move(moved, loss, moved_loss, kappa, after, t.abs())
+        except ValueError:  # a singular element
+            pass
+        t = t / 2
+    return Move(tuple(weights), loss, loss, kappa, kappa, torch.zeros_like(t))
+
+
+def along_curve(weights: Sequence[Tensor], x: Tensor, M: Tensor) -> tuple[Tensor, ...]:
+    """exp(M) on the layers 2 and 3 by the pre-activation action, in float64: M (d_2, d_2).
+
+    Raises ValueError for weights or an exp(M) that are not finite, or an exp(M) that is singular.
+    """
+    U, V = preactivation_action(*_pair(weights, x), torch.linalg.matrix_exp(M.double()), ACTIVATION)
+    return weights[0], V.to(x), U.to(x)
+
+
+def kappa_along(M: Tensor, weights: Sequence[Tensor], x: Tensor) -> Tensor:
+    """κ of t ↦ exp(tM) at t = 0, in float64: M (*k, d_2, d_2) -> (*k,); NaN for weights that are not finite."""
+    if not all(W.isfinite().all() for W in weights):
+        return torch.full(M.shape[:-2], torch.nan, dtype=torch.float64, device=x.device)
+    return curve_curvature(*_pair(weights, x), M.double(), ACTIVATION)[0]
+
+
+def _pair(weights: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, V and V's input h, in float64."""
+    return weights[2].double(), weights[1].double(), hidden_layers(weights, x, ACTIVATION)[1].double()
+
+
+def random_move(
+    weights: Sequence[Tensor], x: Tensor, length: Tensor, activation: Activation, generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    """The pre-activation action of I + sR, R random, with s such that the weights move by `length`.
+
+    weights W_m (*E, d_m, d_{m-1}), x (d_0, n) or (*E, d_0, n), length (*E,). Where it is 0 nothing moves. Returns the
+    new weights. Raises ValueError where the action does (a singular element, weights that are not finite).
+    """
+    R = [torch.randn(W.shape[:-1] + W.shape[-2:-1], generator=generator).to(W) for W in weights[:-1]]
+    R = [r / torch.linalg.matrix_norm(r, keepdim=True) for r in R]
+    far = length > 0
+    s = torch.where(far, 1e-3, 0.0).to(weights[0])
+    for _ in range(12):
+        elements = [torch.eye(r.shape[-1]).to(r) + s[..., None, None] * r for r in R]
+        moved = apply_to_layers(weights, x, elements, preactivation_action, activation)
+        # The distance grows faster than s: half a step of the way.
+        s = torch.where(far, s * (length / distance(moved, weights)).sqrt(), 0.0)
+    return tuple(torch.where(far[..., None, None], new, W) for new, W in zip(moved, weights))
+
+
+def distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """‖a − b‖ over all layers: weights (*E, d_m, d_{m-1}) -> (*E,)."""
+    return sum((p - q).square().sum((-2, -1)) for p, q in zip(a, b)).sqrt()
