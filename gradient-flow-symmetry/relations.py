@@ -82,26 +82,37 @@ def scatter(axes: Sequence, values: dict, label: str) -> None:
 
 def judge(relations: dict, what: str, more: Sequence[str] = ()) -> Verdict:
     """relations: {activation: of_sets(…)}; what: the quantity, for the sentence; more: details to follow."""
-    cases = [(name, where) for name in relations for where in DECIDE]
-    stronger = {case: _stronger(relations[case[0]][case[1]]) for case in cases}
-    # Q and |Q| are two tries each: both count in the family.
-    adjusted = holm([c["p"] for name, where in cases for c in relations[name][where].values()]).reshape(-1, 2).min(1)
-    n = stronger[cases[0]]["n"]
-    shown = [
-        case for case, p in zip(cases, adjusted) if p < 0.05 and abs(stronger[case]["r"]) >= STRONG and n >= ENOUGH
-    ]
-    open_ = [case for case in cases if case not in shown and not _weak(stronger[case])]
-    word = grade(len(shown) == len(cases), shown)
+    stronger = {(name, where): _stronger(relations[name][where]) for name in relations for where in DECIDE}
+    shown = _shown(relations, stronger)
+    open_ = [case for case in stronger if case not in shown and not _weak(stronger[case])]
+    word = grade(len(shown) == len(stronger), shown)
+    word = UNDECIDED if word == FAILS and open_ else word
     named = {where: listed([name for name, place in shown if place == where]) for where in DECIDE}
-    return Verdict(
-        UNDECIDED if word == FAILS and open_ else word,
-        f"along one orbit for {named['orbit']}, over random draws for {named['draws']}",
-        f"Spearman's ρ of {what} with Q or |Q|, the stronger, over {n} points of one orbit: "
-        f"{_cells(stronger, 'orbit')}; over {n} random draws: {_cells(stronger, 'draws')}.",
-        [_detail(name, relations[name], what) for name in relations]
-        + [f"{n} starts find a correlation of {detectable_correlation(n):.2f} with 80 % power.", *more],
-        surprise=_turned(relations),
-        number=f"weakest ρ {min(abs(c['r']) for c in stronger.values()):.2f} of {len(cases)}",
+    limits = f"along one orbit for {named['orbit']}, over random draws for {named['draws']}"
+    number = f"weakest ρ {min(abs(c['r']) for c in stronger.values()):.2f} of {len(stronger)}"
+    details = [_detail(name, relations[name], what) for name in relations]
+    details += [
+        f"{_n(stronger)} starts find a correlation of {detectable_correlation(_n(stronger)):.2f} with 80 % power."
+    ]
+    return Verdict(word, limits, _sentence(stronger, what), [*details, *more], number, surprise=_turned(relations))
+
+
+def _shown(relations, stronger):
+    """The cases of strong relations; Q and |Q| are two tries each: both count in the family."""
+    pvalues = [c["p"] for name, where in stronger for c in relations[name][where].values()]
+    adjusted = dict(zip(stronger, holm(pvalues).reshape(-1, 2).min(1)))
+    enough = _n(stronger) >= ENOUGH
+    return [case for case, c in stronger.items() if adjusted[case] < 0.05 and abs(c["r"]) >= STRONG and enough]
+
+
+def _n(stronger):
+    return next(iter(stronger.values()))["n"]
+
+
+def _sentence(stronger, what):
+    return (
+        f"Spearman's ρ of {what} with Q or |Q|, the stronger, over {_n(stronger)} points of one orbit: "
+        f"{_cells(stronger, 'orbit')}; over {_n(stronger)} random draws: {_cells(stronger, 'draws')}."
     )
 
 

@@ -92,11 +92,13 @@ def split(data, images: int | None = None):
     return (x[:n], y[:n]), (x[n:], y[n:])
 
 
-def train(x: Tensor, y: Tensor, shape, activation: Activation, *, epochs: int, seed: int, progress=iter) -> ConvNet:
+def train(
+    x: Tensor, y: Tensor, shape, activation: Activation, *, epochs: int, seed: int, progress=iter, twice: bool = False
+) -> ConvNet:
     """Train from scratch by Adam (lr 1e-3) on cross-entropy, batches of 32 in the dataset's order.
 
-    x (n, features) in [0, 1], y (n,) labels. progress wraps the range of epochs (a progress bar). Returns the ConvNet,
-    detached, on x's device.
+    x (n, features) in [0, 1], y (n,) labels. progress wraps the range of epochs (a progress bar). twice: as published,
+    through a softmax before the cross-entropy, which takes another. Returns the ConvNet, detached, on x's device.
     """
     generator = torch.Generator().manual_seed(seed)
     net = ConvNet(*(p.to(x.device).requires_grad_() for p in initialize(shape, generator)))
@@ -105,7 +107,7 @@ def train(x: Tensor, y: Tensor, shape, activation: Activation, *, epochs: int, s
         for images, labels in zip(x.split(32), y.split(32)):
             logits = net.U @ activation.f(hidden_input(net, images, shape)) + net.c
             optimizer.zero_grad()
-            F.cross_entropy(logits.T, labels).backward()
+            F.cross_entropy((logits.softmax(0) if twice else logits).T, labels).backward()
             optimizer.step()
     return ConvNet(*(p.detach() for p in net))
 
@@ -113,7 +115,15 @@ def train(x: Tensor, y: Tensor, shape, activation: Activation, *, epochs: int, s
 # ---------------------------------------------------------------------------------------------------------------------
 # Ensembles: n elements g_k (n, h, h) with the matrices π_k (n, h, h) that are to undo them
 
-ARMS = ("group", "interpolated permutation", "inverse", "random", "shuffled")
+ARMS = ("group", "interpolated_permutation", "inverse", "random", "shuffled")
+NAMES = {  # in figures
+    "original": "original",
+    "group": "group",
+    "interpolated_permutation": "interpolated permutation",
+    "inverse": "$g^{-1}$",
+    "random": "random",
+    "shuffled": "shuffled π",
+}
 
 
 class Draws(NamedTuple):
@@ -141,11 +151,11 @@ def ensemble(arm: str, draws: Draws, epsilon: float, H: Tensor, activation: Acti
 
     group: g = exp(εT), π = σ(H) σ(gH)^+. The controls keep that g and replace π:
     inverse by g^-1, random by I + εR, shuffled by another element's π with its columns permuted;
-    interpolated permutation: g = (I + ε (I + P)/2) / (1 + ε), between I and the middle of I and P, π = g^-1.
+    interpolated_permutation: g = (I + ε (I + P)/2) / (1 + ε), between I and the middle of I and P, π = g^-1.
     Raises ValueError for an unknown arm, and as `data_dependent_action`.
     """
     eye = torch.eye(H.shape[-2], dtype=H.dtype, device=H.device)
-    if arm == "interpolated permutation":
+    if arm == "interpolated_permutation":
         g = (eye + epsilon / 2 * (eye + draws.P)) / (1 + epsilon)
         return g, torch.linalg.inv(g)
     g = torch.linalg.matrix_exp(epsilon * draws.T)
@@ -195,6 +205,11 @@ def predict(net: ConvNet, members, H: Tensor, activation: Activation) -> Tensor:
     return torch.cat([vote(o, [len(o)])[0] for o in outputs])
 
 
+def mean_std(values) -> dict:
+    """Mean and standard deviation of one number a network; 0 for one network."""
+    return {"mean": values.mean(), "std": values.std(ddof=1) if len(values) > 1 else 0.0}
+
+
 def losses(outputs: Tensor, y: Tensor, counts) -> Tensor:
     """−log of the mean probability that the first `count` members give to the right class, (len(counts), m)."""
     counts = torch.as_tensor(counts, device=y.device)
@@ -227,11 +242,17 @@ def pgd(gradient, x: Tensor, iterations: int, *, radius: float, step: float, noi
     return path
 
 
-def input_gradient(net: ConvNet, members, x: Tensor, y: Tensor, shape, activation: Activation) -> Tensor:
-    """∂/∂x of the loss of the whole ensemble, −log of the mean probability of the right class, summed over samples."""
+def input_gradient(
+    net: ConvNet, members, x: Tensor, y: Tensor, shape, activation: Activation, twice: bool = False
+) -> Tensor:
+    """∂/∂x of the loss of the whole ensemble, −log of the mean probability of the right class, summed over samples.
+
+    twice: through a softmax before that of the loss, as published.
+    """
     gradients = []
     for images, labels in zip(x.split(CHUNK), y.split(CHUNK)):
         images = images.detach().requires_grad_()
         outputs = logits(net, members, hidden_input(net, images, shape).double(), activation)
+        outputs = outputs.softmax(1) if twice else outputs
         gradients.append(torch.autograd.grad(losses(outputs, labels, [len(outputs)]).sum(), images)[0])
     return torch.cat(gradients)

@@ -28,8 +28,6 @@ KNOWN = {
         "beyond-the-papers/rotation.py",
         "correlation.py",
         "gradient-flow-symmetry/adversarial_cifar.py",
-        "gradient-flow-symmetry/ensemble_cifar.py",
-        "gradient-flow-symmetry/relations.py",
         "learn-to-teleport/multi_layer_regression.py",
         "symmetry-teleportation/multi_layer_regression.py",
         "symmetry-teleportation/so2.py",

@@ -113,9 +113,9 @@ def test_controls():
     made = {arm: se.ensemble(arm, draws, 0.5, H, sigma) for arm in se.ARMS}
     for arm in ("inverse", "random", "shuffled"):
         torch.testing.assert_close(made[arm][0], g)
-    for arm in ("inverse", "interpolated permutation"):
+    for arm in ("inverse", "interpolated_permutation"):
         torch.testing.assert_close(made[arm][1] @ made[arm][0], eye.expand(n, 16, 16))
-    interpolated = made["interpolated permutation"][0]
+    interpolated = made["interpolated_permutation"][0]
     torch.testing.assert_close(interpolated, (1.25 * eye + 0.25 * draws.P) / 1.5)
     torch.testing.assert_close(made["random"][1], eye + 0.5 * draws.R)
     shuffled = made["shuffled"][1]
