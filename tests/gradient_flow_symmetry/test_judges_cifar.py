@@ -60,7 +60,7 @@ def printed(shift=0.0):
 def test_ensembles_beside_the_printed_table(shift, again):
     verdict = ensemble_cifar.judge(printed(shift))
     assert verdict.again() == again
-    (row,) = [row for row in verdict.published if row.what.startswith("inverse, ε = 20,")]
+    (row,) = [row for row in verdict.published if row.what.startswith("inverse, ε = 20:")]
     assert row.published.split(", ")[3] == "-44.5" and row.agrees == (shift == 0)
     assert len(verdict.published) == 1 + len(ARMS) * len(notebooks.EPSILONS)
     assert ensemble_cifar.judge(printed()._replace(settings=ensemble_cifar.QUICK)).published == []
