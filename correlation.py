@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from common import UserError, cli, plots
-from common.claims import FAILS, UNDECIDED, Claim, Published, Verdict, grade, listed, table
+from common.claims import Claim, Published, Verdict, table, weigh
 from common.data import published_split, require
 from common.losses import cross_entropy
 from common.mlp import StackedMLP, initial_weights, published_seeds
@@ -240,19 +240,11 @@ def judge(*outcomes):
     adjusted = holm([found[label][name].p for label, name in cases])
     narrow = {r.label: correlations(r.arrays, r.settings.samples, 0.9) for r in outcomes}
     words = {(label, name): _word(narrow[label][name], p, SIGNS[name]) for (label, name), p in zip(cases, adjusted)}
-    shown = [case for case in cases if words[case] == "shown"]
-    word = grade(len(shown) == len(cases), shown)
-    missing = (
-        f"{TEXT[name]} is {state} on {listed(labels)}"
-        for name in SIGNS
-        for state in ("undecided", "negligible", "of the other sign")
-        if (labels := [label for label in found if words[label, name] == state])
-    )
+    word, limits = weigh(words, dict.fromkeys(SIGNS, "shown"), TEXT)
     sentence = "; ".join(f"r({TEXT[name]}, test loss) = {_where(found, name)}" for name in SIGNS) + "."
-    word = UNDECIDED if word == FAILS and "undecided" in words.values() else word
     details = [_detail(label, c) for label, c in found.items()] + [OLD]
     published = [row for r in outcomes for row in published_rows(r, found[r.label])]
-    return Verdict(word, "; ".join(missing), sentence, details, f"r(ψ) = {_where(found, 'psi')}", published)
+    return Verdict(word, limits, sentence, details, f"r(ψ) = {_where(found, 'psi')}", published)
 
 
 def _word(narrow, p, sign):

@@ -87,6 +87,24 @@ def graded(settled: Sequence[bool | None]) -> str:
     return grade(all(settled), any(settled)) if any(settled) or None not in settled else UNDECIDED
 
 
+def weigh(found: Mapping[tuple, str], wanted: Mapping[str, str], text: Mapping[str, str]) -> tuple[str, str]:
+    """A verdict's word and limits from those of its cases.
+
+    found: {(where, what): word}, wanted and text: {what: the word it has where the claim holds, its name}. Holds where
+    all are as wanted, in part where some are; else undecided where one case is.
+    """
+    shown = [case for case, word in found.items() if word == wanted[case[1]]]
+    limits = (
+        f"{text[what]} is {word} on {listed(places)}"
+        for what in wanted
+        for word in dict.fromkeys(found.values())
+        if word != wanted[what]
+        and (places := [where for (where, w), said in found.items() if (w, said) == (what, word)])
+    )
+    word = grade(len(shown) == len(found), shown)
+    return UNDECIDED if word == FAILS and UNDECIDED in found.values() else word, "; ".join(limits)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 
@@ -119,6 +137,8 @@ def change(c: Any, digits: int = 2) -> str:
     if math.isnan(c.effect):
         return f"diverged in {c.diverged[0]} and {c.diverged[1]} of {c.n} ({c.word})"
     middle, low, high, detectable = (100 * math.expm1(x) for x in (c.effect, c.low, c.high, c.detectable))
+    if math.isnan(low):
+        return f"{middle:+.{digits}f} % ({c.word}: one run has no interval)"
     shown = f", {detectable:.2g} % would have shown" if c.word == UNDECIDED and not math.isnan(detectable) else ""
     return f"{middle:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] % ({c.word}{shown})"
 

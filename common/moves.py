@@ -6,12 +6,14 @@ moves are of one network with one batch; `attempt` makes them those of a stack o
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from common import published
+from common.arms import Stack, draw_batches
+from common.data import Dataset
 from common.losses import batch_loss
 from common.sharpness import Sharpness
 from teleport import (
@@ -28,6 +30,7 @@ from teleport import (
 
 ACTIVATION = leaky_relu(0.1)
 RADII = torch.arange(1, 10, dtype=torch.float32, device="cpu") / 10  # published: of φ in Figure 4
+MEASURED = ("phi", "psi", "loss", "gradient_norm")  # by a Meter
 HALVINGS = 30  # of a step on ψ that goes too far
 
 
@@ -76,13 +79,47 @@ class Meter:
 
     def __call__(self, weights: Sequence[Tensor]) -> Tensor:
         """weights (E, d_m, d_{m-1}) -> (E, 4); NaN for members that diverged."""
-        values = self.x.new_full((len(weights[0]), 4), torch.nan)
+        values = self.x.new_full((len(weights[0]), len(MEASURED)), torch.nan)
         alive = torch.stack([W.isfinite().all(-1).all(-1) for W in weights]).all(0)
         weights = tuple(W[alive] for W in weights)
         psi = torch.stack([kappa_along(self.M, member, self.x).mean() for member in zip(*weights)]).to(self.x)
         gradient_norm = squared_gradient_norm(weights, self.loss_fn).sqrt()
         values[alive] = torch.stack([self.phi(weights), psi, self.loss_fn(weights), gradient_norm], 1)
         return values
+
+
+def teleporter(stack: Stack, data: Dataset, seed: int, s: Any) -> tuple[dict[str, Tensor], Callable[[int], None]]:
+    """What measures one run's arms before and after each teleport, and the function that moves them before batch k.
+
+    stack: of one run, (A, 1). s: Figure 4's Settings. The record, {measure: (A, 1, K, [before, after], [batch, held
+    out])}, is filled in as the arms are moved.
+    """
+    K, weights = stack.objective.shape[-2], stack.net.weights
+    dims = (data.features, *(W.shape[-2] for W in weights))
+    record = {key: torch.zeros(len(stack.arms), 1, K, 2, 2) for key in MEASURED}  # [before, after], [batch, held out]
+
+    def meter(batch, generator):
+        return Meter(*batch, dims, s.measured_directions, s.measured_elements, generator)
+
+    def draw(x, y, generator):
+        return [part[0] for part in draw_batches(x, y, s.teleport_batch, [generator])]
+
+    generator = torch.Generator().manual_seed(seed)
+    held_out = meter(draw(data.x_test, data.y_test, generator), generator)  # the same for all teleports of the run
+
+    def move_arms(k):
+        if k >= K:
+            return
+        generator = torch.Generator().manual_seed(seed + 1 + k)
+        batch = draw(data.x, data.y, generator)
+        meters = (meter(batch, generator), held_out)
+        before = torch.stack([measure(weights) for measure in meters], 1)
+        stack.move(k, Draws.of(*batch, dims, s.directions, generator))
+        after = torch.stack([measure(weights) for measure in meters], 1)
+        for i, key in enumerate(MEASURED):
+            record[key][:, 0, k] = torch.stack([before[..., i], after[..., i]], 1)
+
+    return record, move_arms
 
 
 def random_sharpness(

@@ -58,15 +58,19 @@ def test_table_1():
 
 
 def test_figure_4():
-    """Member 0: no teleport; 9: to larger curvature, after the eight arms of sharpness."""
-    better = []
+    """Member 0: no teleport; 9: to larger ψ, after the eight arms of sharpness; 6: to smaller φ by rescaling."""
     for dataset in ("MNIST", "FashionMNIST", "CIFAR10"):
-        final = arrays(f"teleport_sharpness_curvature_{dataset}")["test_loss"][..., -1]
-        triple = interval(final[9] - final[0])
-        better.append(triple[2] < 0)
-        if dataset == "MNIST":
-            assert text(triple, "+.4f") in said("figure-4")[1]
-    assert not any(better) and said("figure-4")[0] == "does not hold"
+        a = arrays(f"teleport_sharpness_curvature_{dataset}")
+        loss = np.log(a["test_loss"][..., -10:].mean(-1))
+        for arm, key, teleports, sign in ((9, "psi", 10, 1), (6, "phi", 10, -1)):
+            after = a[key][:, :, teleports - 1, 1, 1]  # held out
+            went = sign * (after[arm] - after[0]) > 0
+            d = (loss[arm] - loss[0])[went]
+            half = stats.t.ppf(0.95, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5
+            assert d.mean() - half > np.log(0.99) and d.mean() + half < np.log(1.01)  # equivalent within 1 %
+            if dataset == "MNIST" and arm == 9:
+                assert text(100 * np.expm1(np.array(interval(d))), "+.2f") in said("figure-4")[1]
+    assert said("figure-4")[0] == "holds in part"
 
 
 def test_figure_6():

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 import correlation
+import teleport_sharpness_curvature as figure4
 from common.run import Outcome
 
 sys.path.insert(0, str(ROOT / "gradient-flow-symmetry"))
@@ -79,3 +80,45 @@ def test_table_1_compares_with_the_published_axes():
     outcome.arrays["psi"] = 0.01 + 1e-6 * outcome.arrays["psi"]
     agrees = {row.what: row.agrees for row in correlation.judge(outcome).published}
     assert agrees["φ (MNIST)"] and not agrees["ψ (MNIST)"]
+
+
+def moved(effects, n, lost=0, seed=0):
+    """Figure 4's arrays of n runs: every arm goes where it is sent and changes the test loss by effects (% by arm), but
+    for `lost` runs of each, which go the other way and diverge."""
+    generator, s = np.random.default_rng(seed), figure4.PRESETS["tiny"]
+    A, K = len(figure4.ARMS), max(*s.teleports_sharpness, *s.teleports_curvature)
+    level = np.exp(0.1 * generator.normal(size=(1, n)) + 0.001 * generator.normal(size=(A, n)))
+    phi, up = np.ones((A, n, K, 2, 2)), np.array([0, *(1 if way.maximize else -1 for way in figure4.WAYS)])
+    phi *= np.exp(0.1 * up)[:, None, None, None, None]
+    for a, name in enumerate(figure4.ARMS[1:], start=1):
+        level[a] *= 1 + effects.get(name, 0) / 100
+        level[a, n - lost :] = np.nan
+        phi[a, n - lost :] = 1 / phi[a, n - lost :]
+    losses = np.broadcast_to(level[..., None], (A, n, s.epochs))
+    arrays = {"phi": phi, "psi": phi, "loss": phi, "objective": phi[..., 0], "test_loss": losses, "train_loss": losses}
+    metrics = figure4.compare(s, arrays)
+    return Outcome(metrics, arrays, list(range(n)), label="planted", settings=s)
+
+
+@pytest.mark.parametrize(
+    "psi, phi, n, word",
+    [
+        (-5, 0, 10, "holds"),
+        (0, 0, 10, "holds in part"),
+        (-5, 5, 10, "holds in part"),
+        (5, -5, 10, "does not hold"),
+        (-5, 0, 1, "undecided"),
+    ],
+)
+def test_teleports_to_other_points(psi, phi, n, word):
+    effects = {"curvature_up_preactivation": psi, "sharpness_down_rescaling": phi}
+    assert figure4.judge(moved(effects, n)).word == word
+
+
+def test_runs_that_went_the_other_way_are_an_arm_of_their_own():
+    outcome = moved({"curvature_up_preactivation": -5}, 10, lost=3)
+    verdict = figure4.judge(outcome)
+    assert verdict.word == "holds"
+    assert all(
+        "7 of 10 runs went as sent" in line and "the other 3: diverged in 3" in line for line in verdict.details[:-1]
+    )

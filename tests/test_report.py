@@ -43,19 +43,6 @@ def test_verdict_on_figures_5_and_13():
     assert word() == "holds in part"
 
 
-def test_verdict_on_figure_4():
-    results, word = judged("teleport_sharpness_curvature.py")
-    for r in results:
-        r.metrics["sharpness_down_preactivation"]["minus_baseline"] = (0.0, -0.1, 0.1)
-        r.metrics["curvature_up_preactivation"]["minus_baseline"] = (-0.1, -0.2, -0.05)
-    assert word() == "holds"
-    results[0].metrics["sharpness_down_preactivation"]["minus_baseline"] = (-0.1, -0.2, -0.05)
-    assert word() == "holds in part"
-    for r in results:
-        r.metrics["curvature_up_preactivation"]["minus_baseline"] = (-0.1, -0.2, 0.01)
-    assert word() == "does not hold"
-
-
 def test_verdict_on_figure_6():
     results, word = judged("learn-to-teleport/multi_layer_regression.py")
     metrics = results[0].metrics
