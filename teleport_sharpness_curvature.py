@@ -243,14 +243,14 @@ def finite_median(values):
     return float(np.median(values)) if values.size else float("nan")
 
 
-CLAIMED = {"curvature_up_preactivation": "better", "sharpness_down_rescaling": "equivalent"}
+WANTED = {"curvature_up_preactivation": "better", "sharpness_down_rescaling": "equivalent"}
 TEXT = {"curvature_up_preactivation": "larger ψ", "sharpness_down_rescaling": "smaller φ"}
 
 
 def judge(*outcomes):
-    cases = {(r.label, key): against_baseline(r, key)[0] for r in outcomes for key in CLAIMED}
+    cases = {(r.label, key): against_baseline(r, key)[0] for r in outcomes for key in WANTED}
     cases = dict(zip(cases, statistics.family(list(cases.values()))))
-    word, limits = weigh({case: c.word for case, c in cases.items()}, CLAIMED, TEXT)
+    word, limits = weigh({case: c.word for case, c in cases.items()}, WANTED, TEXT)
     said = [f"{TEXT[key]} on {label} {change(c)}" for (label, key), c in cases.items()]
     sentence = f"Test loss of {len(outcomes[0].seeds)} runs against no teleport: {'; '.join(said)}."
     details = [of_arm(r, way) for r in outcomes for way in WAYS] + [OLD]

@@ -144,7 +144,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, monkeypatch):
 
 def test_a_step_too_long_to_be_made_is_not_made(tmp_path, monkeypatch):
     """At an absurd step size the group element is singular: the arm stays, the others go on, the table says 0 moved."""
-    monkeypatch.setitem(figure4.RATES, "MNIST", (1e-2, {"sharpness": (1e30, 1e30), "curvature": (2e-1, 5e-2)}))
+    monkeypatch.setitem(figure4.RATES, "mnist-mini", (1e-2, {"sharpness": (1e30, 1e30), "curvature": (2e-1, 5e-2)}))
     run_tiny(tmp_path)
     name = "teleport_sharpness_curvature_mnist-mini"
     arrays = np.load(tmp_path / "results/tiny" / f"{name}.npz")
