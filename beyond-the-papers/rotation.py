@@ -263,8 +263,7 @@ def say(effect):
 
 
 def judge(outcome):
-    effects, peers = outcome.metrics["effects"], outcome.metrics["peers"]
-    tuned = {setting: found["tuned"] for setting, found in effects.items()}
+    tuned = {setting: found["tuned"] for setting, found in outcome.metrics["effects"].items()}
     first, *others = tuned
     training, held_out = tuned[first]["train_loss"], tuned[first]["held_out"]
     random = any(m["random_2"]["word"] == "better" for m in (training, held_out) if "random_2" in m)
@@ -272,22 +271,30 @@ def judge(outcome):
     failing = [n for n in others if tuned[n]["train_loss"]["every_2"]["word"] != "better"]
     above_random = "random_2" not in training or training["random_2"]["low"] > training["every_2"]["high"]
     reasons = [f"not in {listed(failing)}" if failing else "", "" if also else "not in held-out loss"]
+    reasons = filter(None, [*reasons, "random rotations help too" if random else ""])
     word = grade(main and also and not random and not failing, main and above_random)
-    return Verdict(
-        UNDECIDED if training["every_2"]["word"] == UNDECIDED else word,
-        "; ".join(filter(None, [*reasons, "random rotations help too" if random else ""])),
+    word = UNDECIDED if training["every_2"]["word"] == UNDECIDED else word
+    texts = sentence(training, held_out), details(tuned, outcome.metrics["peers"]), say(training["every_2"])
+    return Verdict(word, "; ".join(reasons), *texts, prototype(outcome.metrics["effects"]), surprise(training))
+
+
+def sentence(training, held_out):
+    """The first setting, where rate and ratio are tuned: the rotation, its control and its strongest peer."""
+    random = f"; random rotations {say(training['random_2'])}" if "random_2" in training else ""
+    soap = f"; SOAP on the factors {say(training['soap'])}, {say(held_out['soap'])}" if "soap" in training else ""
+    return (
         f"With rate and ratio tuned, a rotation every 2 steps changes LoRA's training loss by "
         f"{say(training['every_2'])}, its held-out loss by {say(held_out['every_2'])} against Adam's (LoRA+)"
-        + (f"; random rotations {say(training['random_2'])}" if "random_2" in training else "")
-        + (f"; SOAP on the factors {say(training['soap'])}, {say(held_out['soap'])}." if "soap" in training else "."),
-        details=[
-            *(f"{n}, every_2 against none: {both(tuned[n], 'every_2')}" for n in tuned),
-            *(f"{n}, every_2 against {peer}: {both(peers[n], peer)}" for n in tuned for peer in peers[n]["held_out"]),
-        ],
-        number=say(training["every_2"]),
-        surprise=surprise(training),
-        published=prototype(effects),
+        f"{random}{soap}."
     )
+
+
+def details(tuned, peers):
+    """Every setting, and every peer."""
+    return [
+        *(f"{n}, every_2 against none: {both(tuned[n], 'every_2')}" for n in tuned),
+        *(f"{n}, every_2 against {peer}: {both(peers[n], peer)}" for n in tuned for peer in peers[n]["held_out"]),
+    ]
 
 
 def surprise(training):

@@ -256,22 +256,26 @@ RANDOM = "Teleports to random angles end at a loss of {:.1e}, the published asce
 
 
 def judge(outcome):
-    m = outcome.metrics
-    final = {arm: median(m[arm]["final_loss"]) for arm in m}
+    final = {arm: median(m["final_loss"]) for arm, m in outcome.metrics.items()}
     names = {"gd": "gradient descent", "gd_random": "random angles", "gd_published": "the published ascent"}
     names |= {"gd_maximum": "the orbit's maximum", "newton": "Newton's method"}
-    drift = max(m[arm].get("largest_relative_drift", 0) for arm in m)
     faster = {arm: final["gd_published"] <= final[arm] / 10 for arm in ("gd", "gd_random")}
     return Verdict(
         grade(all(faster.values()), faster["gd"]),
         "random angles do as well as the published ascent" if faster["gd"] else "no faster",
         "Final loss, median over starting angles: " + ", ".join(f"{names[a]} {final[a]:.2g}" for a in names) + ".",
-        [
-            f"Share of the largest dL/dt that a teleport reaches: published {m['gd_published']['speed_share']:.0%}, "
-            f"random angle {m['gd_random']['speed_share']:.0%}. At the maximum the gradient is within "
-            f"{m['gd_maximum']['degrees_from_newton']:.0e} degrees of Newton's direction. Largest drift {drift:.0e}."
-        ],
+        [how_far(outcome.metrics)],
         surprise="" if faster["gd_random"] else RANDOM.format(final["gd_random"], final["gd_published"]),
+    )
+
+
+def how_far(m):
+    """What the teleports reach, and what they cost."""
+    drift = max(arm.get("largest_relative_drift", 0) for arm in m.values())
+    return (
+        f"Share of the largest dL/dt that a teleport reaches: published {m['gd_published']['speed_share']:.0%}, "
+        f"random angle {m['gd_random']['speed_share']:.0%}. At the maximum the gradient is within "
+        f"{m['gd_maximum']['degrees_from_newton']:.0e} degrees of Newton's direction. Largest drift {drift:.0e}."
     )
 
 

@@ -23,11 +23,9 @@ KNOWN = {
         "gradient-flow-symmetry/adversarial_cifar.py: measure",
     ],
     "judges outside 8 to 15 lines": [
-        "beyond-the-papers/rotation.py",
         "gradient-flow-symmetry/adversarial_cifar.py",
         "learn-to-teleport/multi_layer_regression.py",
         "symmetry-teleportation/multi_layer_regression.py",
-        "symmetry-teleportation/so2.py",
         "teleport_optimization.py",
     ],
     "six lines in two scripts": [],
