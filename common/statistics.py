@@ -26,6 +26,7 @@ import numpy as np
 from scipy import optimize, special, stats
 
 POWER = 0.8
+Row = Sequence[float] | np.ndarray  # (n,)
 
 
 class Comparison(NamedTuple):
@@ -83,8 +84,8 @@ class Correlation(NamedTuple):
 
 
 def compare(
-    values,
-    reference,
+    values: Row,
+    reference: Row,
     margin: float = 0.01,
     relative: bool = True,
     smaller_is_better: bool = True,
@@ -100,8 +101,7 @@ def compare(
     none of the other, p is that of the exact sign test, 2^(1 − n), and the word is worse or better once Holm leaves it
     under 1 − level (n ≥ 6 alone). Divergence of some runs decides nothing either way.
     Differences without any spread have no t: the exact sign test's 2^(1 − n) stands in, or 1 if all are zero.
-    Raises ValueError for arrays that are not 1-d and paired, a relative comparison of numbers that are not positive, a
-    margin or a level out of range.
+    Raises ValueError for arrays not 1-d and paired, numbers not positive if relative, a margin or level out of range.
     """
     values, reference = _pairs(values, reference)
     if not (margin > 0 and 0.5 < level < 1):
@@ -134,7 +134,7 @@ def family(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return members
 
 
-def holm(pvalues) -> np.ndarray:
+def holm(pvalues: Row) -> np.ndarray:
     """Holm's step-down adjustment of k p-values, (k,). A NaN stays NaN and still counts as a member of the family."""
     p = np.asarray(pvalues, float)
     order = np.argsort(p)  # NaN last
@@ -153,7 +153,7 @@ def tost(effect: float, sd: float, n: int, margin: float) -> float:
     return float(special.stdtr(n - 1, (abs(effect) - margin) / (sd / sqrt(n))))
 
 
-def sign_flip(differences) -> float:
+def sign_flip(differences: Row) -> float:
     """Exact two-sided p of a zero mean, if only the signs of the n paired differences are random: no normality.
 
     Enumerates the 2^n signs; the smallest p is 2^(1 − n). NaN if a difference is. Raises ValueError for n > 12 or 0.
@@ -173,7 +173,7 @@ def percent(log_ratio: float) -> float:
     return 100 * expm1(log_ratio)
 
 
-def _word(c):
+def _word(c: Comparison) -> str:
     alpha = 1 - c.level
     if c.p_equivalence < alpha:
         return "equivalent"
@@ -184,14 +184,14 @@ def _word(c):
     return "better" if (c.effect < 0) == c.smaller_is_better else "worse"
 
 
-def _pairs(values, reference):
+def _pairs(values: Row, reference: Row) -> tuple[np.ndarray, np.ndarray]:
     values, reference = np.asarray(values, float), np.asarray(reference, float)
     if values.ndim != 1 or values.shape != reference.shape or not len(values):
         raise ValueError(f"values and reference must be paired 1-d arrays, got {values.shape} and {reference.shape}")
     return values, reference
 
 
-def _mean_and_sd(d):
+def _mean_and_sd(d: np.ndarray) -> tuple[float, float]:
     """Mean and standard deviation of the differences; rounding around a constant is no spread."""
     mean = float(d.mean())
     if len(d) < 2 or not isfinite(mean):
@@ -199,13 +199,13 @@ def _mean_and_sd(d):
     return mean, 0.0 if np.ptp(d) <= 1e-12 * abs(mean) else float(d.std(ddof=1))
 
 
-def _interval(mean, sd, n, level):
+def _interval(mean: float, sd: float, n: int, level: float) -> tuple[float, float]:
     """The t interval of a mean of n."""
     half = special.stdtrit(n - 1, (1 + level) / 2) * sd / sqrt(n) if n > 1 else nan
     return float(mean - half), float(mean + half)
 
 
-def _t_test(effect, sd, n):
+def _t_test(effect: float, sd: float, n: int) -> float:
     if not isfinite(sd):
         return nan
     if sd == 0:
@@ -214,19 +214,18 @@ def _t_test(effect, sd, n):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Power. The noncentral t is taken by its definition, a normal over an independent spread: scipy's own returns NaN for
-# few runs or large effects.
+# Power. Noncentral t by definition, a normal over an independent spread: scipy's is NaN for few runs or large effects.
 
 
 @lru_cache(maxsize=1024)
-def _spreads(df):
+def _spreads(df: int) -> tuple[np.ndarray, np.ndarray]:
     """Sample over true standard deviation with df degrees of freedom: quadrature nodes and weights, (400,) each."""
     x, weights = np.polynomial.legendre.leggauss(400)
     return np.sqrt(special.chdtri(df, (1 - x) / 2) / df), weights / 2
 
 
 @lru_cache(maxsize=1024)
-def _detectable(n, level):
+def _detectable(n: int, level: float) -> float:
     """The smallest effect over SD that n pairs find with power POWER."""
     highest = 10 * (1 + special.stdtrit(n - 1, (1 + level) / 2)) / sqrt(n)
     return optimize.brentq(lambda effect: power(effect, 1, n, level) - POWER, 0, highest, xtol=1e-9)
@@ -282,7 +281,7 @@ def detectable_correlation(n: int, level: float = 0.95) -> float:
     return tanh((special.ndtri((1 + level) / 2) + special.ndtri(POWER)) / sqrt(n - 3)) if n > 3 else nan
 
 
-def _check_design(sd, n):
+def _check_design(sd: float, n: int) -> None:
     if not (n > 1 and sd > 0):
         raise ValueError(f"n must be at least 2 and sd positive, got {n} and {sd}")
 
@@ -296,8 +295,7 @@ def pooled(comparisons: Sequence[Comparison], level: float = 0.95) -> Pooled:
 
     DerSimonian and Laird's variance between comparisons (1986), Hartung and Knapp's interval (2001), never narrower
     than the one without their factor. It takes the comparisons as independent, and each SD² / n as known. One
-    comparison has no interval; one that diverged, or has no spread to weigh it by, makes the pool NaN.
-    Raises ValueError for no comparisons.
+    comparison has no interval; one that diverged, or has no spread, makes the pool NaN. ValueError for none.
     """
     k = len(comparisons)
     if not k:
@@ -315,7 +313,9 @@ def pooled(comparisons: Sequence[Comparison], level: float = 0.95) -> Pooled:
     return Pooled(float(mean), float(mean - half), float(mean + half), sqrt(tau2), k)
 
 
-def bootstrap(statistic: Callable, samples: Sequence, generator: np.random.Generator, paired=True, level=0.95):
+def bootstrap(
+    statistic: Callable, samples: Sequence, generator: np.random.Generator, paired: bool = True, level: float = 0.95
+) -> tuple[float, float, float]:
     """A statistic with its BCa bootstrap interval, where a t interval is not justified (ratios, medians).
 
     statistic(*samples, axis=-1) -> numbers, vectorized; samples: 1-d arrays, of one length if paired (resampled
@@ -336,7 +336,7 @@ def bootstrap(statistic: Callable, samples: Sequence, generator: np.random.Gener
     return estimate, *map(float, result.confidence_interval)
 
 
-def correlation(x, y, covariates: Sequence = (), rank: bool = False, level: float = 0.95) -> Correlation:
+def correlation(x: Row, y: Row, covariates: Sequence[Row] = (), rank: bool = False, level: float = 0.95) -> Correlation:
     """Pearson's correlation of x and y, (n,) each, or Spearman's (rank), given any covariates, (n,) each.
 
     Given covariates it is the partial correlation: of what least squares on them leaves over. Interval: Fisher's z with
@@ -360,7 +360,7 @@ def correlation(x, y, covariates: Sequence = (), rank: bool = False, level: floa
     return Correlation(r, low, high, p, n, k)
 
 
-def _partial(rows, rank):
+def _partial(rows: Sequence[np.ndarray], rank: bool) -> float:
     if rank:
         rows = [stats.rankdata(row) for row in rows]
     design = np.stack([np.ones(len(rows[0])), *rows[2:]], 1)
@@ -373,7 +373,7 @@ def _partial(rows, rank):
     return min(1.0, max(-1.0, float(left[0] @ left[1])))
 
 
-def mean_std(values):
+def mean_std(values: Row) -> str:
     """ "mean ± std" of a 1-d array, with two significant digits of the spread."""
     values = np.asarray(values, float)
     if not np.isfinite(values).all():
@@ -385,14 +385,14 @@ def mean_std(values):
     return f"{values.mean():.{min(digits, 6)}f} ± {spread:.{min(digits, 6)}f}"
 
 
-def difference(values, reference, level=0.95):
+def difference(values: Row, reference: Row, level: float = 0.95) -> tuple[float, float, float]:
     """Mean of values − reference, paired by seed, with its t interval: (mean, low, high). NaN bounds for one seed."""
     d = np.asarray(values, float) - np.asarray(reference, float)
     mean, sd = _mean_and_sd(d)
     return mean, *_interval(mean, sd, len(d), level)
 
 
-def verdict(interval, smaller_is_better=True):
+def verdict(interval: Sequence[float | None], smaller_is_better: bool = True) -> str:
     """better, worse, or no difference: whether the 95 % interval (mean, low, high) excludes zero. "?" for one seed."""
     low, high = np.array(interval[1:], float)  # a bound of None is NaN
     if np.isnan(low) or low <= 0 <= high:
