@@ -91,17 +91,17 @@ def tune(scores: Callable, arms: int, grid: Sequence[float] = GRID, bound: int |
     )
 
 
-def _mean(values):
+def _mean(values: np.ndarray) -> float:
     mean = values.mean()
     return mean if isfinite(mean) else inf
 
 
-def _best(row):
+def _best(row: Mapping[int, np.ndarray]) -> int:
     """The rung with the smallest mean; the lowest if none is finite."""
     return min(sorted(row), key=lambda i: _mean(row[i]))
 
 
-def _beyond(row, bound):
+def _beyond(row: Mapping[int, np.ndarray], bound: int) -> Sequence[int]:
     """The rungs to try next: past the edge at which the best lies, within the bound."""
     best = _best(row)
     if best == max(row):
@@ -109,7 +109,9 @@ def _beyond(row, bound):
     return range(max(best - STRIDE, -bound), best) if best == min(row) else ()
 
 
-def runs(tuned: Tuned, claimed: Sequence[int], limits: tuple[int, int], margin: float = 0.01, baseline=0) -> Runs:
+def runs(
+    tuned: Tuned, claimed: Sequence[int], limits: tuple[int, int], margin: float = 0.01, baseline: int = 0
+) -> Runs:
     """How many fresh runs to make: the most that a claimed arm's difference from the baseline asks for, both at best.
 
     See statistics.runs_needed; limits: at least, and at most. One tuning seed has no spread: then at most.
