@@ -98,16 +98,16 @@ def teleporter(stack: Stack, data: Dataset, seed: int, s: Any) -> tuple[dict[str
     dims = (data.features, *(W.shape[-2] for W in weights))
     record = {key: torch.zeros(len(stack.arms), 1, K, 2, 2) for key in MEASURED}  # [before, after], [batch, held out]
 
-    def meter(batch, generator):
+    def meter(batch: Sequence[Tensor], generator: torch.Generator) -> Meter:
         return Meter(*batch, dims, s.measured_directions, s.measured_elements, generator)
 
-    def draw(x, y, generator):
+    def draw(x: Tensor, y: Tensor, generator: torch.Generator) -> list[Tensor]:
         return [part[0] for part in draw_batches(x, y, s.teleport_batch, [generator])]
 
     generator = torch.Generator().manual_seed(seed)
     held_out = meter(draw(data.x_test, data.y_test, generator), generator)  # the same for all teleports of the run
 
-    def move_arms(k):
+    def move_arms(k: int) -> None:
         if k >= K:
             return
         generator = torch.Generator().manual_seed(seed + 1 + k)
