@@ -46,6 +46,7 @@ class Stack:
     """
 
     def __init__(self, arms: Sequence[Arm], weights: Sequence[Tensor], optimizer: str, rates: Any, moves: int) -> None:
+        """Every arm at the initial weights of the runs."""
         first = weights[0]
         rates = torch.as_tensor(rates, dtype=first.dtype)
         rates = rates if rates.ndim > 1 else rates.expand(len(arms), *rates.shape)
