@@ -58,6 +58,7 @@ class Verdict(NamedTuple):
     answers: Mapping[str, str] = MappingProxyType({})  # of QUESTIONS: a sentence with its numbers
 
     def __str__(self) -> str:
+        """The word, and why not more than in part."""
         return self.word if self.word == HOLDS or not self.limits else f"{self.word}: {self.limits}"
 
     def again(self) -> str:
