@@ -42,22 +42,23 @@ class Stack:
     leaves the axis F out, or (A, F), every arm's own. moves: how many there will be at most.
 
     loss, objective: (A, [F,] S, moves, 2), on the move's batch, before and after; 0 for arms that do not move.
-    seconds: (A,), of all moves so far.
+    seconds: (A,), of all moves so far. These three are on the CPU.
     """
 
     def __init__(self, arms: Sequence[Arm], weights: Sequence[Tensor], optimizer: str, rates: Any, moves: int) -> None:
         """Every arm at the initial weights of the runs."""
         first = weights[0]
-        rates = torch.as_tensor(rates, dtype=first.dtype)
+        rates = torch.as_tensor(rates, dtype=first.dtype, device=first.device)
         rates = rates if rates.ndim > 1 else rates.expand(len(arms), *rates.shape)
         self.arms, self.shape = tuple(arms), (*rates.shape[1:], first.shape[-3])
         every = (len(self.arms), *self.shape)
-        factors = torch.tensor([arm.rate for arm in self.arms], dtype=first.dtype)
+        factors = first.new_tensor([arm.rate for arm in self.arms])
         rates = factors.view(-1, *(1 for _ in self.shape)) * rates[..., None]
         weights = [W.expand(*every, *W.shape[-2:]).flatten(0, len(self.shape)) for W in weights]
-        self.net = StackedMLP(weights, optimizer, rates.expand(every).flatten().to(first.device))
-        self.loss, self.objective = (torch.zeros(*every, moves, 2, dtype=torch.float64) for _ in range(2))
-        self.seconds = torch.zeros(len(self.arms), dtype=torch.float64)
+        self.net = StackedMLP(weights, optimizer, rates.expand(every).flatten())
+        record = dict(dtype=torch.float64, device="cpu")
+        self.loss, self.objective = (torch.zeros(*every, moves, 2, **record) for _ in range(2))
+        self.seconds = torch.zeros(len(self.arms), **record)
         self._aside = 0.0  # seconds of evaluations, which are nobody's training
 
     def members(self, a: int) -> slice:
@@ -122,7 +123,7 @@ class Stack:
 
 def draw_batches(x: Tensor, y: Tensor, size: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
     """Each run's own random batch of rows of x (n, d_0), y (n,): X (S, d_0, size) and labels (S, size)."""
-    rows = torch.stack([torch.randperm(len(x), generator=g)[:size] for g in generators]).to(x.device)
+    rows = torch.stack([torch.randperm(len(x), generator=g, device=g.device)[:size] for g in generators]).to(x.device)
     return x[rows].mT, y[rows]
 
 

@@ -163,10 +163,10 @@ def test_a_member_that_goes_too_far_is_halved_alone(action):
     """The other members' steps, and so their results, are those they would have had without it."""
     weights, (x, y) = network(6, DIMS, (3,)), data(6, 8, 5, 4)
     rates = torch.tensor([1e-3, 1e305, 2e-3], dtype=torch.float64)
-    moved = ascend(weights, x, y, action=action, lr=rates, backtracking=True)
+    moved = ascend(weights, x, y, action=action, lr=rates, steps=1, backtracking=True)
     assert moved.moved.tolist() == [True, False, True]
     for i in (0, 2):
-        alone = ascend(tuple(W[i] for W in weights), x, y, action=action, lr=rates[i], backtracking=True)
+        alone = ascend(tuple(W[i] for W in weights), x, y, action=action, lr=rates[i], steps=1, backtracking=True)
         for a, b in zip(moved.weights, alone.weights):
             torch.testing.assert_close(a[i], b, rtol=1e-10, atol=1e-12)
 

@@ -27,8 +27,9 @@ def batches(n=20, size=8):
     return x, torch.randint(DIMS[-1], (n * size,), generator=generator)
 
 
-def weights(members=3):
-    return tuple(W.double() for W in initial_weights(DIMS, published_seeds(members)))
+def weights(members=3, dtype=torch.float64):
+    here = torch.empty(0).device
+    return tuple(W.to(dtype) for W in initial_weights(DIMS, published_seeds(members), here))
 
 
 def torch_training(member, optimizer, lr, x, y, size=8, rebuild_after=None):
@@ -94,7 +95,7 @@ def test_last_batch_may_be_smaller():
 
 
 def test_published_initialization_is_torch_rand_after_manual_seed():
-    for seed, member in zip(published_seeds(2), zip(*initial_weights(DIMS, published_seeds(2)))):
+    for seed, member in zip(published_seeds(2), zip(*weights(2, torch.float32))):
         torch.manual_seed(seed)
         for W, i, o in zip(member, DIMS, DIMS[1:]):
             assert torch.equal(W, (2 * torch.rand(o, i) - 1) / i**0.5)
