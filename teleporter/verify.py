@@ -1,15 +1,18 @@
 """Proof by trial: symmetries are tried on real inputs before the first move, and the model is compared before each."""
 
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from teleporter.passes import kept_attributes, same_randomness
+from teleporter.symmetry import Symmetry
 
 
-def precision(tensors):
+def precision(tensors: Collection[Tensor]) -> float:
     """The coarsest ε at work: that of these tensors, or of autocast."""
     dtypes = {x.dtype for x in tensors if x.is_floating_point()}
     devices = {x.device.type for x in tensors} - {"meta"}
@@ -17,7 +20,7 @@ def precision(tensors):
     return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
 
-def refuse_distributed(model):
+def refuse_distributed(model: nn.Module) -> None:
     """ValueError for a model whose parameters live on several processes, which would move each its own way."""
     for m in model.modules():
         if type(m).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
@@ -30,7 +33,7 @@ def refuse_distributed(model):
         raise ValueError(f"{sharded[0]} is sharded (DTensor), and no process has all of it: teleport before sharding")
 
 
-def called(model, inputs):
+def called(model: nn.Module, inputs: Any) -> Any:
     """model(inputs): a tensor, a tuple of positional or a dict of keyword arguments."""
     torch.clear_autocast_cache()  # autocast keeps casts of weights, and does not notice that they moved
     if isinstance(inputs, dict):
@@ -38,13 +41,13 @@ def called(model, inputs):
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def tensors_of(output):
+def tensors_of(output: Any) -> list[Tensor]:
     """Copies of the floating-point tensors in a model's output, whatever container holds them."""
     leaves = tree_leaves(vars(output) if hasattr(output, "__dataclass_fields__") else output)
     return [x.detach().clone() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def relative_change(before, after):
+def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """The largest ‖after − before‖ / ‖before‖ of two lists of tensors; infinite if they are unlike or not finite."""
     if [x.shape for x in before] != [x.shape for x in after]:
         return float("inf")
@@ -56,7 +59,7 @@ def relative_change(before, after):
 
 
 @contextmanager
-def _disturbed(model, dtype):
+def _disturbed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """The model with other weights: a layer that starts at zero would hide what reads it. dtype: None keeps its own."""
     parameters = {id(p): p for p in model.parameters()}.values()
     before = [(t, t.data) for t in [*parameters, *model.buffers()] if t.is_floating_point()]
@@ -73,7 +76,9 @@ def _disturbed(model, dtype):
             t.data = data
 
 
-def refuted(model, parameters, symmetries, inputs):
+def refuted(
+    model: nn.Module, parameters: Mapping[str, Tensor], symmetries: Sequence[Symmetry], inputs: Any
+) -> dict[str, float]:
     """{name: relative change of the outputs} of the symmetries that change them, tried with a random element each.
 
     The model itself is tried, with disturbed weights, in float64 or, where that fails, in its own dtype, and put back
@@ -87,17 +92,23 @@ def refuted(model, parameters, symmetries, inputs):
             return _tried(model, parameters, symmetries, inputs, None)
 
 
-def _tried(model, parameters, symmetries, inputs, dtype):
+def _tried(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    symmetries: Sequence[Symmetry],
+    inputs: Any,
+    dtype: torch.dtype | None,
+) -> dict[str, float]:
     options = {"generator": torch.Generator("cpu").manual_seed(1), "dtype": torch.float64, "device": "cpu"}
     random = [2 * torch.rand(s.shape, **options) - 1 for s in symmetries]
     random = [T if s.kind == "rescale" else T / s.shape[-1] for s, T in zip(symmetries, random)]
     tolerance = 1e-8 if dtype else max(1e-3, 16 * precision(parameters.values()))
 
-    def output():
+    def output() -> list[Tensor]:
         with same_randomness(model), kept_attributes(model):
             return tensors_of(called(model, inputs))
 
-    def move(pairs, sign=1):
+    def move(pairs: Iterable[tuple[Symmetry, Tensor]], sign: int = 1) -> None:
         for s, T in pairs:
             s.act_(parameters, sign * T)
 
@@ -120,7 +131,7 @@ def _tried(model, parameters, symmetries, inputs, dtype):
 _NORMALIZERS = (nn.modules.batchnorm._NormBase,)
 
 
-def fingerprint(model):
+def fingerprint(model: nn.Module) -> dict[str, Any]:
     """{what: value, compared by identity or equality} of all that the finder's map rests on."""
     marks = {}
     for name, m in model.named_modules(remove_duplicate=False):
@@ -133,10 +144,10 @@ def fingerprint(model):
     return marks
 
 
-def difference(before, after):
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
     """What differs between two fingerprints, in words; None if nothing."""
 
-    def same(a, b):
+    def same(a: Any, b: Any) -> bool:
         pairs = zip(a, b) if isinstance(a, tuple) else [(a, b)]
         alike = (x is y or (not isinstance(x, Tensor | nn.Module) and x == y) for x, y in pairs)
         return type(a) is type(b) and (not isinstance(a, tuple) or len(a) == len(b)) and all(alike)
