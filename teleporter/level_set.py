@@ -1,10 +1,10 @@
 """Raise the gradient norm within a level set of the loss, for models without any symmetry."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport import Teleportation
@@ -12,7 +12,7 @@ from teleporter.passes import gradient, kept_buffers, same_randomness, undone_on
 
 
 def level_set_teleport(
-    model, loss_fn: Callable, steps: int = 10, *, radius: float = 0.01, tolerance: float = 1e-3
+    model: nn.Module, loss_fn: Callable, steps: int = 10, *, radius: float = 0.01, tolerance: float = 1e-3
 ) -> Teleportation:
     """Raise ‖∇L‖ without raising L, for any twice differentiable model, in place (Mishkin, Bietti, Gower 2025).
 
@@ -61,14 +61,14 @@ def level_set_teleport(
     return Teleportation(W, loss_0, loss, norm2_0, g @ g)
 
 
-def _assign(W, w):
+def _assign(W: Mapping[str, Tensor], w: Tensor) -> None:
     with torch.no_grad():
         for p, x in zip(W.values(), w.split([p.numel() for p in W.values()])):
             p.copy_(x.view_as(p))
     torch.clear_autocast_cache()
 
 
-def _evaluate(model, loss_fn, W, w):
+def _evaluate(model: nn.Module, loss_fn: Callable, W: Mapping[str, Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
     """L and ∇L, with its graph, at w."""
     _assign(W, w)
     with same_randomness(model), sdpa_kernel(SDPBackend.MATH):
@@ -78,7 +78,7 @@ def _evaluate(model, loss_fn, W, w):
     return loss.detach(), torch.cat([g.flatten() for g in gradient(loss, W, create_graph=True).values()])
 
 
-def _curved(W, g):
+def _curved(W: Mapping[str, Tensor], g: Tensor) -> tuple[Tensor, Tensor]:
     """∇L without its graph, and q."""
     norm2 = g.detach().square().sum()
     q = torch.autograd.grad(g, list(W.values()), g.detach() / norm2, allow_unused=True, materialize_grads=True)
