@@ -1,10 +1,20 @@
 """Data-dependent actions of teleport.py between the Linear layers of a model."""
 
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
 from torch import Tensor
 
+from teleporter.symmetry import HiddenAction
 
-def act_on_hidden(action, symmetries, parameters, tangents, hidden) -> dict:
+
+def act_on_hidden(
+    action: Callable,
+    symmetries: Sequence[HiddenAction],
+    parameters: Mapping[str, Tensor],
+    tangents: Sequence[Tensor],
+    hidden: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
     """{name: tensor} moved by g = exp(T), layer after layer; each sees its true, already transformed input.
 
     hidden: {name of a Linear: what it read, (features, samples)}.
@@ -24,7 +34,13 @@ def act_on_hidden(action, symmetries, parameters, tangents, hidden) -> dict:
     return W
 
 
-def pull_back(action, symmetries, parameters, C, hidden) -> tuple[Tensor, ...]:
+def pull_back(
+    action: Callable,
+    symmetries: Sequence[HiddenAction],
+    parameters: Mapping[str, Tensor],
+    C: Mapping[str, Tensor],
+    hidden: Mapping[str, Tensor],
+) -> tuple[Tensor, ...]:
     """∂objective/∂T at T = 0 through the actions, from C = ∂objective/∂W."""
     tangents = [torch.zeros(s.shape, dtype=torch.float64, device="cpu", requires_grad=True) for s in symmetries]
     moved = act_on_hidden(action, symmetries, parameters, tangents, hidden)
