@@ -13,6 +13,7 @@ correlated. The optimizer's memory moves along: means of gradients by Q, means o
 (exact for permutations and signs; otherwise what uncorrelated entries would do). r × r matrices are all it costs.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ class LowRankRotation:
         every: int = 1,
         decay: float = 0.99,
     ) -> None:
+        """Find the pairs, and try them if there are inputs."""
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         if not 0 <= decay <= 1:
@@ -92,7 +94,7 @@ class LowRankRotation:
         self.names = [pair.name for pair in self._pairs]
         self._covariances = [pair.A.new_zeros(2 * pair.A.shape[:1]) for pair in self._pairs]
 
-    def _symmetries(self):
+    def _symmetries(self) -> list[Symmetry]:
         """The pairs as symmetries, to be tried."""
         views = (lambda x: x.unsqueeze(0)), (lambda x: x.mT.unsqueeze(0))
         return [
@@ -101,7 +103,7 @@ class LowRankRotation:
             for pair in self._pairs
         ]  # fmt: skip
 
-    def _leave_alone(self, wrong):
+    def _leave_alone(self, wrong: Mapping[str, float]) -> None:
         self.left_alone |= {name: f"a trial changed the output by {change:.2g}" for name, change in wrong.items()}
         self._pairs = [pair for pair in self._pairs if pair.name not in wrong]
 
@@ -147,7 +149,7 @@ class LowRankRotation:
                 for x in squares:
                     x.copy_(move(x, Q.square()))
 
-    def _memory(self, name, parameter):
+    def _memory(self, name: str, parameter: nn.Parameter) -> tuple[list[Tensor], list[Tensor]]:
         """What the optimizers remember of a parameter: tensors that rotate as gradients do, and as their squares do."""
         like_gradients, like_squares = [], []
         for optimizer in self._optimizers:
@@ -161,13 +163,14 @@ class LowRankRotation:
                 (like_squares if kind == "squares" else like_gradients).append(value)
         return like_gradients, like_squares
 
-    def _check(self):
+    def _check(self) -> None:
         for pair in self._pairs:
             now = [getattr(_linear(self.model, name), "weight", None) for name in pair.modules]
             if now[0] is not pair.A or now[1] is not pair.B:
                 raise RuntimeError(f"{pair.name} changed since: make a new LowRankRotation")
 
     def __repr__(self) -> str:
+        """The pairs with their ranks, and what is left alone, with why."""
         lines = [f"  {pair.name}: rank {len(pair.A)}" for pair in self._pairs]
         lines += [f"  left alone: {name}: {reason}" for name, reason in self.left_alone.items()]
         return "LowRankRotation(\n" + "\n".join(lines) + "\n)"
@@ -178,15 +181,15 @@ def gradient_eigenbasis(covariance: Tensor) -> Tensor:
     return torch.linalg.eigh(covariance)[1].mT.flip(-2)
 
 
-def _rows(x, Q):
+def _rows(x: Tensor, Q: Tensor) -> Tensor:
     return Q @ x
 
 
-def _columns(x, Q):
+def _columns(x: Tensor, Q: Tensor) -> Tensor:
     return x @ Q.mT
 
 
-def _lora(model):
+def _lora(model: nn.Module) -> Iterator[tuple[str, ...]]:
     """(name, name of A, name of B) of every adapter of every LoRA layer."""
     for name, module in model.named_modules():
         first, second = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
@@ -196,14 +199,14 @@ def _lora(model):
                     yield tuple(f"{name}.{part}{adapter}".lstrip(".") for part in ("", "lora_A.", "lora_B."))
 
 
-def _linear(model, name):
+def _linear(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"pairs: the model has no module {name!r}") from None
 
 
-def _obstacle(first, second, uses):
+def _obstacle(first: nn.Module, second: nn.Module, uses: Sequence[int]) -> str | None:
     """Why this pair cannot be rotated; None if it can. Raises ValueError for half precision."""
     if type(first) is not nn.Linear or type(second) is not nn.Linear:
         return f"{type(first).__name__}, {type(second).__name__}: only nn.Linear is supported"
