@@ -38,10 +38,12 @@ class Entries(NamedTuple):
     reads: bool
     index: Tensor  # broadcasts to the parameter: which entry of the space scales this number; -1: none
 
-    def act_(self, tensor, M):
+    def act_(self, tensor: Tensor, M: Tensor) -> None:
+        """Multiply each number by the entry of M (size,) that scales it."""
         tensor.mul_(torch.cat([M, M.new_ones(1)])[self.index.to(M.device)])
 
-    def product(self, c, x, matrices):
+    def product(self, c: Tensor, x: Tensor, matrices: bool) -> Tensor:
+        """Σ c x over the numbers that each entry scales: (entries,)."""
         index = self.index.to(x.device)
         dims = [d for d in range(x.ndim) if index.shape[d] == 1]
         products = (c * x).sum(dims, keepdim=True) if dims else c * x
@@ -57,11 +59,13 @@ class Rows(NamedTuple):
     dim: int
     table: Tensor  # (groups, size, repeats): which rows are this entry of that group
 
-    def act_(self, tensor, M):
+    def act_(self, tensor: Tensor, M: Tensor) -> None:
+        """Multiply by M (groups, size, size)."""
         x, table = tensor.movedim(self.dim, 0), self.table.to(tensor.device)
         x[table] = torch.einsum("hij,hj...->hi...", M, x[table])
 
-    def product(self, c, x, matrices):
+    def product(self, c: Tensor, x: Tensor, matrices: bool) -> Tensor:
+        """Σ c xᵀ over all but the rows: the matrix of each group."""
         c, x = (y.movedim(self.dim, 0)[self.table.to(y.device)].flatten(2) for y in (c, x))
         return c @ x.mT
 
