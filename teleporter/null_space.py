@@ -2,8 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ _CONVOLUTIONS = {getattr(torch, f"conv{n}d") for n in (1, 2, 3)}
 _MULTIHEAD = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 _LOOKING = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "data_ptr"}
 _LIMIT = {torch.float64: 1e-9, torch.float32: 1e-3}  # relative change of the outputs that still counts as none
+
+Tensors = Mapping[str, Tensor]  # by the names of parameters
+Sizes = int | Sequence[int]  # one for all dimensions, or one each
 
 
 def null_space_teleport(
@@ -82,7 +85,9 @@ def null_space_teleport(
     return Teleportation(W, loss_0, loss, norm2_0, _norm2(g))
 
 
-def _room(model, loss_fn, W, rank_tolerance, energy):
+def _room(
+    model: nn.Module, loss_fn: Callable, W: Tensors, rank_tolerance: float | None, energy: float
+) -> dict["Layer", Tensor]:
     """{Layer: orthonormal basis of its inputs' span} of the layers that have any directions left."""
     recorder = Recorder(W)
     with recorder, same_randomness(model):
@@ -95,7 +100,7 @@ def _room(model, loss_fn, W, rank_tolerance, energy):
     return room
 
 
-def _evaluate(model, loss_fn, W):
+def _evaluate(model: nn.Module, loss_fn: Callable, W: Tensors) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
     """loss, {name: ∂L/∂W with its graph}, and what the model returned on the way."""
     outputs = []
     hook = model.register_forward_hook(lambda module, args, output: outputs.extend(tensors_of(output)))
@@ -108,11 +113,11 @@ def _evaluate(model, loss_fn, W):
     return loss.detach(), gradient(loss, W, create_graph=True), outputs
 
 
-def _norm2(g):
+def _norm2(g: Tensors) -> Tensor:
     return sum(x.detach().square().sum() for x in g.values())
 
 
-def _ascent(g, W, spans):
+def _ascent(g: Tensors, W: Tensors, spans: Mapping["Layer", Tensor]) -> tuple[dict["Layer", Tensor], float]:
     """{Layer: gradient of ½ log ‖∇L‖², projected} and its norm. Raises ValueError if nothing of it is left."""
     norm2 = _norm2(g)
     if not 0 < norm2 < math.inf:
@@ -141,19 +146,20 @@ class Layer(NamedTuple):
     bias: str | None
     bias_start: int
 
-    def parts(self, tensors):
+    def parts(self, tensors: Tensors) -> tuple[Tensor, Tensor | None]:
         """{parameter name: tensor} -> views of the parts of them that belong to this layer."""
         bias = None if self.bias is None else tensors[self.bias].narrow(0, self.bias_start, self.rows)
         return tensors[self.weight].narrow(0, self.start, self.rows), bias
 
-    def matrix(self, tensors):
+    def matrix(self, tensors: Tensors) -> Tensor:
         """(groups, rows / groups, features): the bias is the last column."""
         W, b = self.parts(tensors)
         W = W.reshape(self.groups, self.rows // self.groups, -1)
         return W if b is None else torch.cat([W, b.reshape(self.groups, -1, 1)], 2)
 
     @torch.no_grad()
-    def add_(self, tensors, matrix):
+    def add_(self, tensors: Tensors, matrix: Tensor) -> None:
+        """Add a matrix, as of `matrix`, in place."""
         W, b = self.parts(tensors)
         if b is not None:
             b.add_(matrix[..., -1].flatten())
@@ -164,17 +170,19 @@ class Layer(NamedTuple):
 class Recorder(TorchFunctionMode):
     """Sees every function that receives a parameter in the forward pass in this context, and what it multiplies."""
 
-    def __init__(self, parameters):
+    def __init__(self, parameters: Tensors) -> None:
+        """Watch these parameters, {name: parameter}."""
         super().__init__()
         self.parameters = parameters
         self.names = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
         self.inputs, self.counts, self.spoiled = {}, {}, set()  # {Layer: h}, {Layer: samples, eps}, names
 
-    def name(self, tensor):
+    def name(self, tensor: Any) -> str | None:
         """Of the parameter that the tensor is, or is a view of; None for other tensors."""
         return self.names.get(tensor.untyped_storage().data_ptr()) if _plain(tensor) else None
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Call the function, and note what it does with parameters."""
         kwargs = kwargs or {}
         if function is F.multi_head_attention_forward:
             return self.multihead(dict(zip(_MULTIHEAD, args)) | kwargs)
@@ -189,17 +197,29 @@ class Recorder(TorchFunctionMode):
                 self.spoiled |= used
         return output
 
-    def linear(self, input, weight, bias=None):
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """torch's function, noted."""
         self.note(input.detach().reshape(1, -1, input.shape[-1]).mT, weight, bias)
         return F.linear(input, weight, bias)
 
-    def convolution(self, function, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    def convolution(
+        self,
+        function: Callable,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Sizes = 1,
+        padding: Sizes | str = 0,
+        dilation: Sizes = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        """One of torch's functions, noted if its weight is a parameter."""
         if self.name(weight) is not None:
             h = patches(input.detach(), tuple(weight.shape[2:]), groups, stride, padding, dilation)
             self.note(h, weight, bias, groups)
         return function(input, weight, bias, stride, padding, dilation, groups)
 
-    def multihead(self, values):
+    def multihead(self, values: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """torch's function reads its weights out of sight: note what they read, and project its output here."""
         width, bias = values["query"].shape[-1], values["in_proj_bias"]
         for i, (part, name) in enumerate(zip("qkv", ("query", "key", "value"))):
@@ -215,7 +235,7 @@ class Recorder(TorchFunctionMode):
         heads, attention = F.multi_head_attention_forward(**values)
         return self.linear(heads, out, out_bias), attention
 
-    def note(self, h, weight, bias, groups=1):
+    def note(self, h: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> None:
         """Add samples h (groups, features, samples) to what this layer read; only their span and size are kept."""
         name, bias_name = self.name(weight), self.name(bias)
         if name is None or weight.shape[1:] != (p := self.parameters[name]).shape[1:] or weight.stride() != p.stride():
@@ -233,7 +253,7 @@ class Recorder(TorchFunctionMode):
         self.inputs[layer] = torch.linalg.qr(h.mT, mode="r").R.mT if h.shape[2] > h.shape[1] else h
         self.counts[layer] = samples, eps
 
-    def spans(self, rank_tolerance, energy):
+    def spans(self, rank_tolerance: float | None, energy: float) -> dict[Layer, Tensor]:
         """{Layer: orthonormal basis of its inputs' span (groups, features, rank), or zeros in its place}."""
         used = [(layer.weight, range(layer.start, layer.start + layer.rows)) for layer in self.inputs]
         used += [(layer.bias, range(layer.bias_start, layer.bias_start + layer.rows)) for layer in self.inputs]
@@ -256,18 +276,25 @@ class Recorder(TorchFunctionMode):
         return found
 
 
-def _plain(x):
+def _plain(x: Any) -> bool:
     return isinstance(x, Tensor) and x.layout is torch.strided
 
 
-def patches(x, kernel, groups=1, stride=1, padding=0, dilation=1):
+def patches(
+    x: Tensor,
+    kernel: Sequence[int],
+    groups: int = 1,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+) -> Tensor:
     """What a convolution multiplies its weight with: (batch, C, *positions) -> (groups, C / groups · taps, samples).
 
     The arguments are those of torch.nn.functional.conv1d, conv2d, conv3d; x may come without a batch.
     """
     n = len(kernel)
 
-    def each(value):
+    def each(value: Sizes) -> tuple[int, ...]:
         value = (value,) if isinstance(value, int) else tuple(value)
         return value * n if len(value) == 1 else value
 
