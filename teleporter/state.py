@@ -11,10 +11,18 @@ Other symmetries than rescalings mix the entries of a gradient: its squares and 
 entries would. `notes` says what else is not exact, and how large it is.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_leaves
 
+from teleporter.symmetry import HiddenAction, Symmetry
+
+Tensors = Mapping[str, Tensor]  # by the names of parameters
+Optimizers = Sequence[optim.Optimizer]
+State = dict[str, Any]  # what an optimizer remembers of a parameter
 KINDS = {
     **dict.fromkeys(("momentum_buffer", "exp_avg", "grad_avg", "prev"), "gradients"),
     **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance"), "squares"),
@@ -27,14 +35,14 @@ _ADAPTIVE = (optim.Adam, optim.Adamax, optim.NAdam, optim.RAdam, optim.RMSprop, 
 _NORMALIZING = (*_ADAPTIVE, optim.AdamW, optim.SparseAdam, optim.Rprop)
 
 
-def kind_of(key, state):
+def kind_of(key: str, state: State) -> str | None:
     """The kind of state[key]; None if it is unknown."""
     if key == "momentum_buffer" and "square_avg" in state:  # RMSprop's is made of normalized gradients
         return "kept"
     return "squares" if key in _FACTORED else KINDS.get(key)
 
 
-def checked(optimizer, parameters):
+def checked(optimizer: optim.Optimizer | Optimizers | None, parameters: Tensors) -> list[optim.Optimizer]:
     """The optimizers in a list, if together they hold the parameters {name: parameter}. Raises ValueError otherwise."""
     optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
     for o in optimizers:
@@ -50,7 +58,7 @@ def checked(optimizer, parameters):
     return optimizers
 
 
-def copies(averaged, parameters):
+def copies(averaged: nn.Module | Tensors | Sequence | None, parameters: Tensors) -> list[dict[str, Tensor]]:
     """[{name: tensor}] of averaged copies of the model (modules or dicts). Raises ValueError for one that is unlike."""
     found = []
     for copy in [] if averaged is None else averaged if isinstance(averaged, list | tuple) else [averaged]:
@@ -63,18 +71,20 @@ def copies(averaged, parameters):
     return found
 
 
-def _plain(name):
+def _plain(name: str) -> str:
     """A parameter's name without what wrappers put in front of it."""
     while name.startswith(("module.", "_orig_mod.")):
         name = name.partition(".")[2]
     return name
 
 
-def _listed(names):
+def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _each(parameters, optimizers):
+def _each(
+    parameters: Tensors, optimizers: Optimizers
+) -> Iterator[tuple[optim.Optimizer, dict[str, Any], str, Tensor, State]]:
     """(optimizer, its options, name, parameter, state) of every parameter that an optimizer remembers something of."""
     names = {id(p): name for name, p in parameters.items()}
     for o in optimizers:
@@ -84,7 +94,7 @@ def _each(parameters, optimizers):
                     yield o, group, names[id(p)], p, o.state[p]
 
 
-def resolve_unknown(parameters, optimizers, on_unknown):
+def resolve_unknown(parameters: Tensors, optimizers: Optimizers, on_unknown: str | None) -> None:
     """Keep or reset (to zero) the tensors of unknown kinds; raises ValueError, naming them, if on_unknown is None."""
     for o, _, name, _, state in _each(parameters, optimizers):
         for key, value in state.items():
@@ -100,14 +110,21 @@ def resolve_unknown(parameters, optimizers, on_unknown):
 
 
 @torch.no_grad()
-def transport(parameters, optimizers, averages, symmetries, tangents, on_unknown=None):
+def transport(
+    parameters: Tensors,
+    optimizers: Optimizers,
+    averages: Sequence[Tensors],
+    symmetries: Sequence[Symmetry],
+    tangents: Sequence[Tensor],
+    on_unknown: str | None = None,
+) -> None:
     """Move all that follows the parameters after a move by exp(tangents): the gradients that wait in .grad, what the
     optimizers remember, averaged copies.
 
     parameters: {name: parameter}; one tangent for each symmetry; optimizers, averages: of `checked` and `copies`.
     """
 
-    def act(tensors, like):
+    def act(tensors: Tensors, like: str) -> None:
         for s, T in zip(symmetries, tangents):
             if like != "magnitudes":
                 s.act_(tensors, T, like)
@@ -144,7 +161,7 @@ def transport(parameters, optimizers, averages, symmetries, tangents, on_unknown
             _act_lbfgs(o, {id(p): name for name, p in parameters.items()}, act)
 
 
-def _sparse_moved(grad, act):
+def _sparse_moved(grad: Tensor, act: Callable[[Tensor], None]) -> Tensor:
     """A sparse gradient of an embedding after act has moved its dense form."""
     grad = grad.coalesce()
     dense, indices = grad.to_dense(), grad.indices()
@@ -154,7 +171,7 @@ def _sparse_moved(grad, act):
     )
 
 
-def _act_factored(state, act):
+def _act_factored(state: State, act: Callable[[Tensor], None]) -> None:
     """Move row and column means as the estimate that is made of them, their outer product over their mean."""
     row, col = (state[key] for key in _FACTORED)
     v = row * col / row.mean(-2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
@@ -163,12 +180,12 @@ def _act_factored(state, act):
     col.copy_(v.mean(-2, keepdim=True))
 
 
-def _act_lbfgs(optimizer, names, act):
+def _act_lbfgs(optimizer: optim.LBFGS, names: Mapping[int, str], act: Callable[[Tensors, str], None]) -> None:
     """Move L-BFGS's pairs: differences of weights, differences of gradients, and the scale that the last pair gives."""
     params = optimizer.param_groups[0]["params"]
     state, sizes = optimizer.state.get(params[0], {}), [p.numel() for p in params]
 
-    def move(flat, like):
+    def move(flat: Tensor, like: str) -> None:
         pieces = zip(params, flat.split(sizes))
         act({names[id(p)]: x.view_as(p) for p, x in pieces if id(p) in names}, like)
 
@@ -183,7 +200,7 @@ def _act_lbfgs(optimizer, names, act):
         state["H_diag"] = y.dot(s) / y.dot(y)
 
 
-def notes(parameters, optimizers, symmetries):
+def notes(parameters: Tensors, optimizers: Optimizers, symmetries: Sequence[Symmetry | HiddenAction]) -> list[str]:
     """What `transport` cannot move exactly, one line a cause, with its size in the optimizer's present state."""
     found, names = {}, {id(p): name for name, p in parameters.items()}
     mixing = sorted({s.kind for s in symmetries if s.kind != "rescale"})
@@ -205,7 +222,7 @@ def notes(parameters, optimizers, symmetries):
     return [f"{cause}{f' (up to {share:.2g} of it)' if share else ''}" for cause, share in found.items()]
 
 
-def _decay(o, group, p, state):
+def _decay(o: optim.Optimizer, group: dict[str, Any], p: Tensor, state: State) -> dict[str, float]:
     """{cause: its share} of a weight decay that is added to the gradients, of which means are kept."""
     decay, momentum = group.get("weight_decay", 0), group.get("momentum", 0)
     if not decay or not isinstance(o, (optim.SGD, *_ADAPTIVE)) or group.get("decoupled_weight_decay"):
@@ -224,7 +241,7 @@ def _decay(o, group, p, state):
     return {f"weight_decay {decay:g} is coupled, its part of the mean gradients moves as they do": share}
 
 
-def _epsilon(o, group, state):
+def _epsilon(o: optim.Optimizer, group: dict[str, Any], state: State) -> dict[str, float]:
     """{cause: its share} of an eps that does not move with what it is added to."""
     eps, x = group.get("eps") or 0, None
     if isinstance(o, optim.RMSprop) and group["momentum"] and eps:
