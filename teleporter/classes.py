@@ -1,6 +1,9 @@
 """Labels of channels that can only be scaled together."""
 
+from collections.abc import Iterable, Sequence
+
 import torch
+from torch import Tensor
 
 ANY, FIXED = 0, 1  # labels of a zero, which every scale leaves alone, and of a number that must stay
 
@@ -8,11 +11,13 @@ ANY, FIXED = 0, 1  # labels of a zero, which every scale leaves alone, and of a 
 class Classes:
     """Labels joined into classes: a union-find with signs, that remembers why a class is FIXED."""
 
-    def __init__(self):
+    def __init__(self) -> None:
+        """ANY and FIXED alone."""
         self.parent, self.sign, self.size, self.reason = [0, 1], [1, 1], [1, 1], {}
         self.key, self.plain, self.attended = [0, 0], [False, False], set()  # see `refine`; plain: only linear maps
 
-    def fresh(self, n, key):
+    def fresh(self, n: int, key: int | None) -> Tensor:
+        """New labels (n,), each a class of its own, of one key; None: they never mix."""
         first = len(self.parent)
         self.parent += range(first, first + n)
         self.sign += [1] * n
@@ -21,7 +26,7 @@ class Classes:
         self.plain += [True] * n
         return torch.arange(first, first + n, device="cpu")
 
-    def find(self, label):
+    def find(self, label: int) -> tuple[int, int]:
         """(root, sign) of a label."""
         k, sign = abs(label), 1 if label >= 0 else -1
         while self.parent[k] != k:
@@ -29,14 +34,14 @@ class Classes:
             k = self.parent[k]
         return k, sign
 
-    def why(self, label):
+    def why(self, label: int) -> str:
         """The reason of a label that is FIXED."""
         k = abs(label)
         while self.parent[k] not in (k, FIXED):
             k = self.parent[k]
         return self.reason.get(k, "it is not scaled")
 
-    def join(self, a, b, reason):
+    def join(self, a: int, b: int, reason: str) -> None:
         """label a = label b."""
         (a, s), (b, t) = self.find(a), self.find(b)
         if ANY in (a, b) or a == b and (s == t or a == FIXED):
@@ -50,19 +55,19 @@ class Classes:
         if b == FIXED:
             self.reason[a] = reason
 
-    def unify(self, a, b, reason):
+    def unify(self, a: Tensor, b: Tensor, reason: str) -> Tensor:
         """Equal labels wherever two broadcast tensors of them meet; returns the labels of the result."""
         a, b = torch.broadcast_tensors(a, b)
         for p, q in met(a, b):
             self.join(p, q, reason)
         return torch.where(a == ANY, b, a)
 
-    def alike(self, a, b):
+    def alike(self, a: Tensor, b: Tensor) -> bool:
         """Whether labels that meet are of one class already."""
         classes = ((self.find(p), self.find(q)) for p, q in met(*torch.broadcast_tensors(a, b)))
         return all(x == y or x[0] == y[0] == FIXED for x, y in classes)
 
-    def unified(self, labels, dims, reason):
+    def unified(self, labels: Tensor, dims: tuple[int, ...], reason: str) -> Tensor:
         """Equal labels along these dimensions, which become of size 1."""
         (x,) = shrunk(labels, dims=dims)
         if not dims or all(x.shape[d] == 1 for d in dims):
@@ -72,13 +77,13 @@ class Classes:
         self.unify(one, x, reason)
         return one
 
-    def marked(self, labels):
+    def marked(self, labels: Tensor) -> Tensor:
         """Note that something acts on each of these channels by itself: they scale, but do not mix."""
         for k in torch.unique(*shrunk(labels)).tolist():
             self.plain[abs(k)] = False
         return labels
 
-    def refine(self, rows, attended=False):
+    def refine(self, rows: Tensor, attended: bool = False) -> None:
         """Labels of one key may mix. rows (n, size): channels that are read side by side; others are not among them."""
         members = {}
         for i, row in enumerate(torch.unique(rows.abs(), dim=0).tolist()):
@@ -90,14 +95,14 @@ class Classes:
                 self.attended.add(k)
 
 
-def met(a, b):
+def met(a: Tensor, b: Tensor) -> list[list[int]]:
     """The pairs of different labels at the same place of two tensors of one shape."""
     x, y = shrunk(a, b)
     differ = x != y
     return torch.unique(torch.stack([x[differ], y[differ]]), dim=1).T.tolist()
 
 
-def shrunk(*tensors, dims=None):
+def shrunk(*tensors: Tensor, dims: Iterable[int] | None = None) -> Sequence[Tensor]:
     """The same tensors without the repetitions of expanded dimensions (those that all of them repeat)."""
     for d in range(tensors[0].ndim) if dims is None else dims:
         if all(x.stride(d) == 0 for x in tensors) and tensors[0].shape[d] > 1:
