@@ -7,10 +7,14 @@ homogeneous makes them FIXED. What is not FIXED in the end is free, and every us
 """
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import NotImplementedType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,15 +43,15 @@ NORMS = re.compile(r"(_?native|cudnn|_fused|_batch)_?\w*norm\w*")
 
 
 @contextmanager
-def named_modules_on_stack(model, stack):
+def named_modules_on_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
     """stack[-1] is the name of the module whose forward is running."""
     names = {id(m): name for name, m in model.named_modules()}
 
-    def enter(module, args):
+    def enter(module: nn.Module, args: Any) -> None:
         if id(module) in names:
             stack.append(names[id(module)])
 
-    def leave(module, args, output):
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
         if id(module) in names:
             stack.pop()
 
@@ -75,7 +79,8 @@ class Tracer(Products, TorchDispatchMode):
     tensor in neither is FIXED. uses: {name: [(positions, labels of what they write, labels of what they read)]}.
     """
 
-    def __init__(self, model, parameters):
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        """Nothing has run yet; parameters: those that may move, {name: parameter}."""
         super().__init__()
         self.classes, self.stack, self.model = Classes(), ["the model"], model
         self.labels, self.tags = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
@@ -85,12 +90,12 @@ class Tracer(Products, TorchDispatchMode):
             self.tags[p] = (name, torch.arange(p.numel(), device=p.device).view(p.shape))
 
     @classmethod
-    def _should_skip_dynamo(cls):
+    def _should_skip_dynamo(cls) -> bool:
         """torch asks; a yes would import its compiler, which takes seconds, for nothing."""
         return False
 
     @contextmanager
-    def running(self):
+    def running(self) -> Iterator[None]:
         """The context of the one forward pass: no gradients, no fused attention, every operation in sight."""
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
@@ -104,7 +109,8 @@ class Tracer(Products, TorchDispatchMode):
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: OpOverload, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run an operation, or what it is made of, and follow it."""
         kwargs = kwargs or {}
         with self:
             output = function.decompose(*args, **kwargs)
@@ -115,10 +121,11 @@ class Tracer(Products, TorchDispatchMode):
 
     # Labels of arguments
 
-    def known(self, x):
+    def known(self, x: Any) -> bool:
+        """Whether an argument has labels, or is a parameter."""
         return isinstance(x, Tensor) and (x in self.labels or x in self.tags)
 
-    def of(self, x):
+    def of(self, x: Tensor | float) -> Tensor:
         """Labels of an argument: tensor (None: FIXED everywhere), parameter, number."""
         if not isinstance(x, Tensor):
             return torch.tensor(ANY if x == 0 or x in (float("inf"), float("-inf")) else FIXED, device="cpu")
@@ -129,12 +136,12 @@ class Tracer(Products, TorchDispatchMode):
         zero = x.ndim == 0 and not x.is_meta and x.item() == 0
         return torch.full((), ANY if zero else FIXED, device=x.device).expand(x.shape)
 
-    def free(self, labels):
+    def free(self, labels: Tensor) -> bool:
         """Whether some of these labels are neither FIXED nor ANY."""
         (x,) = shrunk(labels)
         return any(self.classes.find(k)[0] > FIXED for k in torch.unique(x).tolist())
 
-    def written(self, name, index):
+    def written(self, name: str, index: Tensor) -> Tensor:
         """Labels of a parameter's own numbers, each with its own: what adds a parameter writes with it."""
         if name not in self.whole:
             n = self.parameters[name].numel()
@@ -142,20 +149,23 @@ class Tracer(Products, TorchDispatchMode):
             self.uses[name].append((torch.arange(n, device=index.device), first, torch.full_like(first, FIXED)))
         return self.whole[name][index]
 
-    def fresh(self, n, like):
+    def fresh(self, n: int, like: Tensor) -> Tensor:
+        """New labels (n,) of a key of their own, on the device of `like`."""
         self.calls += 1
         return self.classes.fresh(n, self.calls).to(like.device)
 
     @property
-    def place(self):
+    def place(self) -> str:
+        """The module whose forward is running, for reasons."""
         return self.stack[-1] or "the model"
 
-    def block(self, labels, reason):
+    def block(self, labels: Tensor, reason: str) -> None:
+        """Make labels FIXED."""
         self.classes.unify(labels, torch.full((), FIXED, device=labels.device), reason)
 
     # Operations
 
-    def follow(self, function, args, kwargs, output):
+    def follow(self, function: OpOverload, args: tuple, kwargs: dict, output: Any) -> None:
         """Note what an operation does to the labels of its arguments, and give its output its own."""
         name = function._schema.name.partition("::")[2]
         in_place = name.endswith("_") and not name.endswith("__")
@@ -183,14 +193,16 @@ class Tracer(Products, TorchDispatchMode):
             if own is not None:
                 self.labels[x] = own if own.shape == x.shape else own.expand(x.shape)
 
-    def move_tag(self, function, args, kwargs, outputs):
+    def move_tag(self, function: OpOverload, args: tuple, kwargs: dict, outputs: Sequence[Tensor]) -> None:
+        """A rearrangement of a parameter knows the positions of its numbers."""
         name, index = self.tags[args[0]]
         moved = function._schema.name.partition("::")[2]
         moved = [index] if moved == "_to_copy" else _moved(function, moved, [index, *args[1:]], kwargs)
         for x, y in zip(outputs, moved):
             self.tags[x] = (name, y)
 
-    def overwrite(self, target, labels, name):
+    def overwrite(self, target: Tensor, labels: Tensor | None, name: str) -> None:
+        """What an operation in place leaves in its target."""
         if labels is None:
             labels = torch.full((), FIXED, device=target.device)
         if target in self.labels:
@@ -199,7 +211,9 @@ class Tracer(Products, TorchDispatchMode):
         else:  # a buffer, or a parameter
             self.block(labels, f"{name} in {self.place} stores it")
 
-    def result(self, name, function, args, kwargs, outputs):
+    def result(
+        self, name: str, function: OpOverload, args: tuple, kwargs: dict, outputs: Sequence[Tensor]
+    ) -> Tensor | list[Tensor] | None:
         """Labels of the outputs: one for the first of them, or a list; None for FIXED."""
         handler = getattr(self, f"op_{name}", None)
         if handler is not None:
@@ -223,7 +237,9 @@ class Tracer(Products, TorchDispatchMode):
             self.fix(x, f"{name} in {self.place} is not homogeneous")
         return None
 
-    def followed(self, name, function, first, args, kwargs, outputs):
+    def followed(
+        self, name: str, function: OpOverload, first: Tensor, args: tuple, kwargs: dict, outputs: Sequence[Tensor]
+    ) -> Tensor | NotImplementedType | None:
         """The same for operations on one tensor; NotImplemented for options that are not homogeneous."""
         if MOVES_AS_FLOATS.fullmatch(name):
             return function(first.double(), *args[1:], **kwargs).round().long()
@@ -246,7 +262,7 @@ class Tracer(Products, TorchDispatchMode):
             return None
         return NotImplemented
 
-    def fix(self, x, reason):
+    def fix(self, x: Any, reason: str) -> None:
         """What an argument holds must stay."""
         if not self.known(x):
             return
@@ -258,12 +274,14 @@ class Tracer(Products, TorchDispatchMode):
         else:
             self.block(self.labels[x], reason)
 
-    def sum(self, name, args):
+    def sum(self, name: str, args: tuple) -> Tensor:
+        """What is added, or chosen from, is scaled alike."""
         a, b = args[1:3] if name == "where" else args[::2] if name == "masked_fill" else args[:2]
         labels = self.classes.unify(self.of(a), self.of(b), f"it meets what is not scaled: {name} in {self.place}")
         return labels if name in ("add", "sub", "rsub") else self.classes.marked(labels)
 
-    def reduction(self, name, labels, args, kwargs, outputs):
+    def reduction(self, name: str, labels: Tensor, args: tuple, kwargs: dict, outputs: Sequence[Tensor]) -> Tensor:
+        """What is reduced together is scaled alike."""
         if len(args) > 1 and isinstance(args[1], Tensor):  # the larger of two
             return self.sum(name, args)
         dims = args[1] if len(args) > 1 else kwargs.get("dim")
@@ -275,7 +293,7 @@ class Tracer(Products, TorchDispatchMode):
             self.classes.marked(one)
         return one.reshape(outputs[0].shape)
 
-    def norm(self, name, args, output):
+    def norm(self, name: str, args: tuple, output: Tensor) -> Tensor | None:
         """Its own scale and shift write; what it normalizes stays."""
         self.fix(args[0], f"{self.place} normalizes it")
         last = "layer" in name or "rms" in name
@@ -289,7 +307,7 @@ class Tracer(Products, TorchDispatchMode):
         return (labels if last else labels.view(-1, *[1] * (output.ndim - 2))).expand(output.shape)
 
 
-def _moved(function, name, args, kwargs):
+def _moved(function: OpOverload, name: str, args: Sequence, kwargs: dict) -> list[Tensor]:
     """The labels of what an operation moves: a list; their strides are not those of the tensors."""
     if name in ("view", "_unsafe_view", "_reshape_alias"):
         return [args[0].reshape(args[1])]
@@ -297,5 +315,5 @@ def _moved(function, name, args, kwargs):
     return list(moved) if isinstance(moved, list | tuple) else [moved]
 
 
-def _is_float(x):
+def _is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
