@@ -75,8 +75,8 @@ class Symmetry(NamedTuple):
 
     name: str
     kind: str
-    shape: tuple
-    slots: tuple
+    shape: tuple[int, ...]
+    slots: tuple[Slot | Entries | Rows, ...]
 
     def act_(self, tensors: dict, T: Tensor, like: str = "weights") -> None:
         """Move {parameter name: tensor or None} in place by exp(T), T float64 on the CPU; -T is the exact inverse.
@@ -131,8 +131,8 @@ class HiddenAction(NamedTuple):
 
     name: str
     kind: str
-    shape: tuple
-    slots: tuple
+    shape: tuple[int, ...]
+    slots: tuple[Slot, ...]
     V: str
     activation: Activation
     U: str
@@ -140,6 +140,10 @@ class HiddenAction(NamedTuple):
     def steepest(self, D: Tensor) -> Tensor:
         """The T of Frobenius norm 1 that maximizes ⟨D, T⟩."""
         return D / D.norm().clamp_min(torch.finfo(D.dtype).tiny)
+
+
+# A symmetry, the names of the modules that it needs to itself (None: no need to check), a reason against it or None
+Candidate = tuple[Symmetry | HiddenAction, tuple[str, ...] | None, str | None]
 
 
 class Pair(NamedTuple):
