@@ -1,54 +1,58 @@
 """What the finder knows of single layers and operations: where they write and read, what keeps channels apart."""
 
 import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, fx, nn
 
-from teleporter.symmetry import Symmetry
+from teleporter.symmetry import Candidate, Symmetry
 
-# Where modules write and read: [(attribute, view)]
+View = Callable[[Tensor], Tensor]  # of a Slot
+Table = list[tuple[str, View]]  # where modules write and read: (attribute, view)
 
 
-def rows(x):
+def rows(x: Tensor) -> Tensor:
+    """Each row is a channel, (1, rows, …)."""
     return x.unsqueeze(0)
 
 
-def columns(start=0, size=None):
+def columns(start: int = 0, size: int | None = None) -> View:
+    """Each column is a channel, of `size` rows (default: all) from `start` on."""
     return partial(_columns, start, size)
 
 
-def _columns(start, size, x):
+def _columns(start: int, size: int | None, x: Tensor) -> Tensor:
     return x.narrow(0, start, size or len(x)).movedim(1, 0).unsqueeze(0)
 
 
-def flat_columns(size, channels_first):
+def flat_columns(size: int, channels_first: bool) -> View:
     """Columns of a Linear that reads flattened (channels, positions), or (positions, channels)."""
     return partial(_flat_columns, size, channels_first)
 
 
-def _flat_columns(size, channels_first, x):
+def _flat_columns(size: int, channels_first: bool, x: Tensor) -> Tensor:
     x = x.movedim(1, 0)
     return (x.unflatten(0, (size, -1)) if channels_first else x.unflatten(0, (-1, size)).movedim(1, 0)).unsqueeze(0)
 
 
-def grouped(groups):
+def grouped(groups: int) -> View:
     """A convolution's second weight dimension counts the channels of one group: (groups, size, out / groups, ...)."""
     return partial(_grouped, groups)
 
 
-def _grouped(groups, x):
+def _grouped(groups: int, x: Tensor) -> Tensor:
     return x.unflatten(0, (groups, -1)).movedim(2, 1)
 
 
-def split_dim(heads, d, start=0, size=None, dim=0):
+def split_dim(heads: int, d: int, start: int = 0, size: int | None = None, dim: int = 0) -> View:
     """(heads, d, heads that share this element, ...)"""
 
     return partial(_split_dim, heads, d, start, size, dim)
 
 
-def _split_dim(heads, d, start, size, dim, x):
+def _split_dim(heads: int, d: int, start: int, size: int | None, dim: int, x: Tensor) -> Tensor:
     x = x.movedim(dim, 0)
     return x.narrow(0, start, size or len(x)).unflatten(0, (heads, -1, d)).movedim(2, 1)
 
@@ -58,7 +62,7 @@ CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
-def writer(module):
+def writer(module: nn.Module) -> Table:
     """What scales the module's output channels. Raises ValueError if nothing does."""
     kind = type(module)
     if kind in NORM and (module.weight is None or module.weight.ndim > 1):
@@ -74,7 +78,7 @@ def writer(module):
     raise ValueError(f"{kind.__name__} is not supported")
 
 
-def reader(module, size, flow, part=None):
+def reader(module: nn.Module, size: int, flow: "Flow", part: int | None = None) -> Table:
     """What reads `size` channels from flow. Raises ValueError if they are not read one by one."""
     kind = type(module)
     if kind is nn.Linear and flow.dim != 1 and module.in_features % size == 0:
@@ -99,19 +103,23 @@ POOLING = re.compile(
 class Channels:
     """Channels that can only be scaled together: who writes and reads them, and why they stay, if they must."""
 
-    def __init__(self, blocked=None):
+    def __init__(self, blocked: str | None = None) -> None:
+        """Channels that nobody has written yet; blocked: why they stay."""
         self.blocked, self.size, self.writers, self.readers, self.slots = blocked, None, [], [], []
 
-    def block(self, reason):
+    def block(self, reason: str | bool | None) -> None:
+        """They stay, for this reason if it is one and the first."""
         self.blocked = self.blocked or reason
 
-    def absorb(self, other):
+    def absorb(self, other: "Channels") -> None:
+        """Take over what writes and reads others that are added to these."""
         self.block(other.blocked or (self.size != other.size and "tensors of different widths are added"))
         self.writers += other.writers
         self.readers += other.readers
         self.slots += other.slots
 
-    def candidate(self):
+    def candidate(self) -> Candidate:
+        """Their rescaling."""
         reason = self.blocked or (None if self.readers else "nothing reads it")
         writers, readers = (", ".join(dict.fromkeys(names)) for names in (self.writers, self.readers))
         name = writers if reason else f"{writers} -> {readers}"
@@ -127,7 +135,7 @@ class Flow(NamedTuple):
     flat: bool | None = None  # flattened together with positions: channels first (True) or last (False)
 
 
-def flattens(op, node, module):
+def flattens(op: str, node: fx.Node, module: nn.Module | None) -> bool:
     """Whether node flattens all but the batch dimension; x.view(.., features) is taken to do so."""
     arguments = (*node.args[1:], *node.kwargs.values())
     if module is not None:
@@ -137,7 +145,7 @@ def flattens(op, node, module):
     return op == "flatten" and arguments in ((1,), (1, -1))
 
 
-def passes(op, node, module, flow, flows):
+def passes(op: str, node: fx.Node, module: nn.Module | None, flow: Flow, flows: Mapping[fx.Node, Flow]) -> Flow | None:
     """The flow that comes out of an operation on one flow that keeps its channels apart; None if it may not."""
     args, kwargs = node.args, node.kwargs
     if HOMOGENEOUS.fullmatch(op):
@@ -164,7 +172,7 @@ def passes(op, node, module, flow, flows):
     return None
 
 
-def reduced(op, node, flow):
+def reduced(op: str, node: fx.Node, flow: Flow) -> int | None:
     """How many positions are left after a reduction over some (images) or all (tokens) of them; None: channels too."""
     args, kwargs, p = node.args, node.kwargs, flow.positions
     if op == "flatten" and flow.dim == 1 and p and (*args[1:], *kwargs.values()) in ((2,), (2, -1)):
@@ -179,12 +187,12 @@ def reduced(op, node, flow):
     return 0 if flow.dim == -1 and dims == (1,) and op != "squeeze" else None
 
 
-def changed_by_hand(module):
+def changed_by_hand(module: nn.Module) -> bool:
     """Whether hooks or a forward of its own make this layer more than its type says."""
     return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def needs_inputs(name, node, module, op, flow):
+def needs_inputs(name: str, node: fx.Node, module: nn.Module | None, op: str, flow: Flow) -> str | None:
     """Why only real inputs could tell what a node does to the channels of its input; None if its type says it.
 
     Shapes decide which dimension holds the channels: a batch or none, tokens or none.
