@@ -91,7 +91,7 @@ def rescaled(weights: Weights, log_scales: Sequence[Tensor]) -> list[Tensor]:
     return W
 
 
-def _slopes(score, weights, log_scales):
+def _slopes(score: Loss, weights: Weights, log_scales: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The objective at these log-scales, and its derivative in each."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in log_scales]
@@ -236,7 +236,7 @@ def look_ahead(weights: Weights, losses: Sequence[Loss], held_out: Loss, rule: R
 def descent(lr: float | Tensor, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Rule:
     """Gradient descent as torch.optim.SGD has it. lr: a number, or one per member (E)."""
 
-    def step(W, G, state, t):
+    def step(W: Tensor, G: Tensor, state: Tensor | None, t: int) -> tuple[Tensor, Tensor]:
         G = G + weight_decay * W if weight_decay else G
         v = G if state is None else momentum * state + G
         return W - _like(lr, W) * (G + momentum * v if nesterov else v), v
@@ -253,7 +253,7 @@ def adam(
 ) -> Rule:
     """Adam, or AdamW (decoupled), as torch.optim has them. lr: a number, or one per member (E)."""
 
-    def step(W, G, state, t):
+    def step(W: Tensor, G: Tensor, state: tuple | None, t: int) -> tuple[Tensor, tuple]:
         if weight_decay and not decoupled:
             G = G + weight_decay * W
         m, v = state or (torch.zeros_like(G), torch.zeros_like(G))
@@ -321,7 +321,7 @@ def balance(weights: Weights, sweeps: int = 100, tolerance: float = 1e-12) -> li
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _function(S, f):
+def _function(S: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
     """f of a symmetric matrix."""
     values, Q = torch.linalg.eigh((S + S.mT) / 2)
     return (Q * f(values).unsqueeze(-2)) @ Q.mT
@@ -338,7 +338,7 @@ def _inner(a: Weights, b: Weights, E: int) -> Tensor:
     return sum(part.to(parts[0].device) for part in parts)
 
 
-def _like(members, tensor):
+def _like(members: float | Tensor, tensor: Tensor) -> float | Tensor:
     """A number, or a tensor of shape E to broadcast against (*E, …)."""
     if not isinstance(members, Tensor):
         return members
