@@ -1,19 +1,22 @@
 """Forward passes that leave no trace, and gradients of what they return."""
 
 import copy
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
-def check_loss(loss):
+def check_loss(loss: Any) -> None:
     """ValueError unless a loss_fn's result can be differentiated: a finite scalar that depends on parameters."""
     if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.requires_grad or not loss.isfinite():
         raise ValueError(f"loss_fn must return a finite scalar that depends on the parameters, got {loss}")
 
 
-def gradient(value, parameters, create_graph=False):
+def gradient(value: Tensor, parameters: Mapping[str, Tensor], create_graph: bool = False) -> dict[str, Tensor]:
     """{name: ∂value/∂parameter}, zero for parameters that value does not depend on; float32 for half precision."""
     G = torch.autograd.grad(value, list(parameters.values()), create_graph=create_graph, allow_unused=True)
     if any(g is None for g in G) and "CheckpointFunctionBackward" in _operations(value):
@@ -23,7 +26,7 @@ def gradient(value, parameters, create_graph=False):
     return {name: g.float() if g.dtype.itemsize < 4 else g for name, g in zip(parameters, G)}
 
 
-def _operations(value):
+def _operations(value: Tensor) -> set[str]:
     """Names of the operations that autograd would go back through."""
     seen, todo = set(), [value.grad_fn]
     while todo:
@@ -34,17 +37,17 @@ def _operations(value):
     return {node.name() for node in seen}
 
 
-def full_precision(x):
+def full_precision(x: Tensor) -> AbstractContextManager:
     """Autocast leaves what happens in here to x's own dtype."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 @contextmanager
-def undone_on_error(parameters):
+def undone_on_error(parameters: Mapping[str, Tensor]) -> Iterator[Callable[[], None]]:
     """Yields a function that puts the parameters back where they were; an exception does that too."""
     before = [(p, p.detach().clone()) for p in parameters.values()]
 
-    def undo():
+    def undo() -> None:
         with torch.no_grad():
             for parameter, value in before:
                 parameter.copy_(value)
@@ -58,7 +61,7 @@ def undone_on_error(parameters):
 
 
 @contextmanager
-def kept_buffers(model):
+def kept_buffers(model: nn.Module) -> Iterator[None]:
     """Forward passes in here leave no trace in the buffers (running statistics)."""
     before = [(b, b.clone()) for b in model.buffers()]
     try:
@@ -70,10 +73,10 @@ def kept_buffers(model):
 
 
 @contextmanager
-def kept_attributes(model):
+def kept_attributes(model: nn.Module) -> Iterator[None]:
     """Whatever a forward pass leaves in the modules (attributes, entries of containers, buffers) is taken back."""
 
-    def held(value):
+    def held(value: Any) -> tuple[Any, Any]:
         return (value, copy.copy(value)) if isinstance(value, list | dict | set) else (value, None)
 
     tensors = [t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)]
@@ -95,22 +98,22 @@ def kept_attributes(model):
                     _refill(value, content)
 
 
-def _refill(container, content):
+def _refill(container: list | dict | set, content: list | dict | set) -> None:
     container.clear()
     (container.extend if isinstance(container, list) else container.update)(content)
 
 
-def same_randomness(model):
+def same_randomness(model: nn.Module) -> AbstractContextManager:
     """Every pass in such a context draws the same random numbers, and the outside world sees none of it."""
     return torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda})
 
 
 @contextmanager
-def recorded_inputs(model, names):
+def recorded_inputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """{name: what that Linear read, (features, samples)} of the forward pass in this context."""
     inputs = {}
 
-    def record(name, module, args):
+    def record(name: str, module: nn.Module, args: tuple) -> None:
         inputs[name] = args[0].detach().flatten(0, -2).T
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(partial(record, name)) for name in names]
