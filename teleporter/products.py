@@ -1,15 +1,20 @@
 """What products do to labels: with parameters, which read and write, and between what the network computes."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from teleporter.classes import ANY, FIXED, shrunk
 
+Operand = Tensor | tuple[str, Tensor]  # labels of a matrix, or (name, positions) of a parameter
+
 
 class Products:
     """The half of the Tracer (tracing.py) that multiplies: op_NAME follows the aten operation NAME."""
 
-    def product(self, name, a, b):
+    def product(self, name: str, a: Tensor, b: Tensor | float) -> Tensor:
+        """a times b (mul), or over b: one of the two may be scaled."""
         if not isinstance(b, Tensor):
             return self.of(a)
         if name == "mul" and a in self.tags and b not in self.tags:
@@ -29,7 +34,7 @@ class Products:
             self.classes.marked(x)
         return x.expand(shape)
 
-    def gain(self, a, b):
+    def gain(self, a: Tensor, b: Tensor) -> Tensor:
         """A parameter b that multiplies each of its channels: it reads what was there and writes what comes."""
         name, index = self.tags[b]
         shape = torch.broadcast_shapes(a.shape, b.shape)
@@ -47,41 +52,49 @@ class Products:
         return self.classes.marked(write[index]).expand(shape)
 
     @staticmethod
-    def at_rest(labels):
+    def at_rest(labels: Tensor) -> Tensor:
+        """FIXED instead of ANY: what reads a zero is not scaled."""
         return torch.where(labels == ANY, FIXED, labels)
 
-    def operand(self, x, n):
+    def operand(self, x: Tensor, n: int) -> Operand:
         """A matrix as (batch, ., .): its labels, or (name, positions) of a parameter."""
         if x in self.tags:
             return self.tags[x][0], self.tags[x][1][(None,) * n]
         return self.of(x)[(None,) * n]
 
-    def op_bmm(self, a, b):
+    def op_bmm(self, a: Tensor, b: Tensor) -> Tensor:
+        """A product of matrices for each member of a batch."""
         return self.contract(self.operand(a, 0), self.operand(b, 0))
 
-    def op_mm(self, a, b):
+    def op_mm(self, a: Tensor, b: Tensor) -> Tensor:
+        """A product of matrices: a batch of one."""
         return self.contract(self.operand(a, 1), self.operand(b, 1))[0]
 
-    def op_mv(self, a, b):
+    def op_mv(self, a: Tensor, b: Tensor) -> Tensor:
+        """A matrix times a vector: a matrix of one column."""
         return self.op_mm(a, self.column(b))[:, 0]
 
-    def column(self, x):
+    def column(self, x: Tensor) -> Tensor:
+        """A vector as a matrix of one column that has its labels, or is the same parameter."""
         y = x[:, None]
         for known in (self.tags, self.labels):
             if x in known:
                 known[y] = (known[x][0], known[x][1][:, None]) if known is self.tags else known[x][:, None]
         return y
 
-    def op_addmm(self, bias, a, b, **kwargs):
+    def op_addmm(self, bias: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
+        """A bias plus a product of matrices."""
         return self.biased(bias, self.op_mm(a, b))
 
-    def op_baddbmm(self, bias, a, b, **kwargs):
+    def op_baddbmm(self, bias: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
+        """A bias plus a product of matrices, for each member of a batch."""
         return self.biased(bias, self.op_bmm(a, b))
 
-    def biased(self, bias, labels):
+    def biased(self, bias: Tensor, labels: Tensor) -> Tensor:
+        """Labels of what a bias is added to: it writes the same channels."""
         return self.classes.unify(labels, self.of(bias), f"{self.place} adds what is not scaled")
 
-    def contract(self, A, B):
+    def contract(self, A: Operand, B: Operand) -> Tensor:
         """Σ_k A[b, m, k] B[b, k, n]."""
         if isinstance(A, tuple) and isinstance(B, tuple):  # A reads nothing and writes its columns
             write = self.fresh(A[1].shape[2], A[1]).expand(A[1].shape)
@@ -106,7 +119,7 @@ class Products:
         classes.unify(a, -b, f"{self.place} multiplies it with what is not scaled")
         return torch.full((), FIXED, device=A.device).expand(size)
 
-    def linear(self, x, name, positions):
+    def linear(self, x: Tensor, name: str, positions: Tensor) -> Tensor:
         """A parameter's matrix (batch or 1, k, n) reads the last dimension of x (batch, m, k) and writes anew."""
         size = (*x.shape[:2], positions.shape[2])
         if bool((positions == positions[:1]).all()):  # the same for the whole batch
@@ -120,7 +133,19 @@ class Products:
         self.uses[name].append((positions.flatten(), *everywhere))
         return write.expand(size)
 
-    def op_convolution(self, x, w, b, stride, padding, dilation, transposed, output_padding, groups):
+    def op_convolution(
+        self,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        transposed: bool,
+        output_padding: list[int],
+        groups: int,
+    ) -> Tensor | None:
+        """A convolution of any kind: its weight reads the channels of x and writes new ones."""
         if w not in self.tags:
             for y in (x, w, b):
                 self.fix(y, f"{self.place} has a weight that is computed or frozen")
@@ -142,7 +167,8 @@ class Products:
             self.biased(b, write)
         return write.view(1, -1, *ones)
 
-    def op_embedding(self, w, positions, *options):
+    def op_embedding(self, w: Tensor, positions: Tensor, *options: Any) -> Tensor | None:
+        """Rows of a parameter: every column is a channel that it writes."""
         if w not in self.tags:
             return self.of(w)[:1].expand(*positions.shape, -1) if w in self.labels else None
         name, index = self.tags[w]
