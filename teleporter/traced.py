@@ -1,18 +1,24 @@
 """Symmetries from a trace: which classes of labels are free, where they stand in the parameters, which of them mix."""
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from teleporter.classes import FIXED
+from teleporter.classes import FIXED, Classes
 from teleporter.passes import kept_attributes, same_randomness
-from teleporter.symmetry import Entries, Rows, Symmetry
+from teleporter.symmetry import Candidate, Entries, Rows, Symmetry
 from teleporter.tracing import Tracer
 from teleporter.verify import called
 
+Places = Sequence[Tensor]  # what each number of a parameter writes, and what it reads
+Keys = dict[int, tuple[frozenset, str]]  # of `_keys`
 
-def traced(model, inputs):
+
+def traced(model: nn.Module, inputs: Any) -> list[Candidate]:
     """Candidates (symmetry, None, reason against it or None) of one forward pass of real inputs.
 
     Raises whatever the model raises.
@@ -38,7 +44,7 @@ def traced(model, inputs):
     return found + _left_alone(tracer, places, labels)
 
 
-def _left_alone(tracer, places, labels):
+def _left_alone(tracer: Tracer, places: Mapping[str, Places], labels: Mapping[str, Places]) -> list[Candidate]:
     """One candidate, with its reason, for each module that has parameters of which nothing moves as a writer."""
     reasons, moving = {}, {_module(name) for name, (write, _) in places.items() if (write != FIXED).any()}
     for name in tracer.parameters:
@@ -54,7 +60,7 @@ def _left_alone(tracer, places, labels):
     return [(Symmetry(name, "rescale", (0,), ()), None, reason) for name, reason in reasons.items()]
 
 
-def _labels(tracer, name):
+def _labels(tracer: Tracer, name: str) -> list[Tensor]:
     """Labels that each number of a parameter writes and reads, of the parameter's shape."""
     p = tracer.parameters[name]
     (first, *others) = tracer.uses[name]
@@ -69,14 +75,14 @@ def _labels(tracer, name):
     return [x.view(p.shape) for x in both]
 
 
-def _roots(classes, labels):
+def _roots(classes: Classes, labels: Tensor) -> Tensor:
     """Each label replaced by its class: ± root, FIXED."""
     found, back = torch.unique(labels, return_inverse=True)
     roots = [root * sign if root > FIXED else FIXED for root, sign in map(classes.find, found.tolist())]
     return torch.tensor(roots, device=labels.device)[back].view(labels.shape)
 
 
-def _compressed(x):
+def _compressed(x: Tensor) -> Tensor:
     """The same with size 1 where it does not vary."""
     for d in range(x.ndim):
         if x.shape[d] > 1 and bool((x == x.narrow(d, 0, 1)).all()):
@@ -84,7 +90,7 @@ def _compressed(x):
     return x.clone()
 
 
-def _candidates(tracer, places, order):
+def _candidates(tracer: Tracer, places: Mapping[str, Places], order: Sequence[str]) -> list[Candidate]:
     roles = defaultdict(set)  # class -> {(parameter, whether it reads)}
     for name, pair in places.items():
         for x, reading in zip(pair, (False, True)):
@@ -113,12 +119,12 @@ def _candidates(tracer, places, order):
     return found
 
 
-def _module(name):
+def _module(name: str) -> str:
     """The module that a parameter belongs to; its own name if that is the model."""
     return name.rpartition(".")[0] or name
 
 
-def _keys(classes):
+def _keys(classes: Classes) -> Keys:
     """{class: (what its members share with those of the classes that it mixes with, kind)} of those that may mix."""
     members = defaultdict(list)
     for label in range(FIXED + 1, len(classes.parent)):
@@ -134,7 +140,7 @@ def _keys(classes):
     return keys
 
 
-def _mixing(roots, keys):
+def _mixing(roots: Sequence[int], keys: Keys) -> list[tuple[str, list[list[int]]]]:
     """(kind, groups of classes that mix among themselves, all of one size) for each kind and size."""
     groups, found = defaultdict(list), defaultdict(list)
     for root in roots:
@@ -146,13 +152,13 @@ def _mixing(roots, keys):
     return [(kind, same) for (kind, _), same in found.items()]
 
 
-def _standing(name, reads, pair):
+def _standing(name: str, reads: bool, pair: Places) -> Iterator[Tensor]:
     """Where a parameter writes (or reads), +1 at a time: its two arrays of classes, negative where the other's."""
     for x, reading in zip(pair, (False, True)):
         yield x if reads == reading else -x
 
 
-def _rows(name, reads, pair, groups):
+def _rows(name: str, reads: bool, pair: Places, groups: list[list[int]]) -> Iterator[Rows | None]:
     """The slots of classes that mix: rows or columns of the parameter. None among them if they stand otherwise."""
     for x in _standing(name, reads, pair):
         if not torch.isin(x, torch.tensor(sum(groups, []), device=x.device)).any():
@@ -166,7 +172,7 @@ def _rows(name, reads, pair, groups):
             yield Rows(name, reads, along[0], torch.tensor(table, device="cpu"))
 
 
-def _entries(name, reads, pair, roots):
+def _entries(name: str, reads: bool, pair: Places, roots: Sequence[int]) -> Iterator[Entries]:
     """The slots of classes that scale: for each number of the parameter, which of them it has."""
     for x in _standing(name, reads, pair):
         known, back = torch.unique(x, return_inverse=True)
