@@ -2,7 +2,9 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, reduce
+from typing import Any
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -14,6 +16,7 @@ from teleporter.layers import (
     NORM,
     Channels,
     Flow,
+    Table,
     changed_by_hand,
     needs_inputs,
     passes,
@@ -23,17 +26,19 @@ from teleporter.layers import (
     writer,
 )
 from teleporter.passes import kept_attributes
-from teleporter.symmetry import Attention, HiddenAction, Pair, Slot, Symmetry
+from teleporter.symmetry import Attention, Candidate, HiddenAction, Pair, Slot, Symmetry
 from teleporter.traced import traced
 
 _FACTS = ("shape", "ndim", "dtype", "device")  # of a tensor, which say nothing of its values
+Flows = dict[fx.Node, Flow]
 
 
-def attribute_of(module, path):
+def attribute_of(module: nn.Module, path: str) -> Any:
+    """What a dotted path leads to; None if nothing."""
     return reduce(lambda m, name: getattr(m, name, None), path.split("."), module)
 
 
-def _graphs(module, prefix=""):
+def _graphs(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, fx.Graph]]:
     """(prefix, graph) of the largest submodules that torch.fx can trace; torch's own layers are the leaves."""
     children, graph = dict(module.named_children()), None
     if type(module) is nn.Sequential or not type(module).__module__.startswith("torch.nn"):
@@ -49,7 +54,7 @@ def _graphs(module, prefix=""):
         yield from _graphs(child, f"{prefix}{name}.")
 
 
-def blocked(flows, reason, writers=()):
+def blocked(flows: Iterable[Flow], reason: str, writers: Sequence[str] = ()) -> Flow:
     """The channels of these tensors stay; so do those of the tensor returned, which these modules write."""
     for flow in flows:
         flow.channels.block(reason)
@@ -58,7 +63,7 @@ def blocked(flows, reason, writers=()):
     return stays
 
 
-def noted(note, name, flow, *part):
+def noted(note: Callable, name: str, flow: Flow, *part: int) -> Flow:
     """flow, which a module reads or writes, or whose channels stay because it cannot."""
     try:
         note(name, flow, *part)
@@ -67,7 +72,7 @@ def noted(note, name, flow, *part):
     return flow
 
 
-def exact_candidates(model, finder, kinds, inputs):
+def exact_candidates(model: nn.Module, finder: "Finder", kinds: set[str], inputs: Any) -> list[Candidate]:
     """Candidates of these kinds ("auto", "rescale", "attention"): of one run of the inputs if there are any, otherwise,
     or if that run cannot be followed, of the finder's graphs."""
     scaling, mixing = kinds & {"auto", "rescale"}, kinds & {"auto", "attention"}
@@ -88,7 +93,8 @@ class Finder:
     on_trial: whether they will be tried on real inputs. If not, what shapes or hooks have to decide is left alone.
     """
 
-    def __init__(self, model, on_trial=True):
+    def __init__(self, model: nn.Module, on_trial: bool = True) -> None:
+        """Search this model."""
         self.on_trial = on_trial
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.parameters = dict(model.named_parameters())
@@ -107,17 +113,18 @@ class Finder:
         for prefix, graph in _graphs(model):
             self.follow(prefix, graph)
 
-    def module(self, name):
+    def module(self, name: str) -> nn.Module:
+        """The module of this name. Raises ValueError if there is none."""
         if name not in self.modules:
             raise ValueError(f"the model has no module {name!r}")
         return self.modules[name]
 
-    def slots(self, name, table, reads):
+    def slots(self, name: str, table: Table, reads: bool) -> list[Slot]:
         """Slots of [(attribute, view)]; a name that is no parameter's stands for a weight computed from others."""
         found = [(attribute, view, attribute_of(self.modules[name], attribute)) for attribute, view in table]
         return [Slot(self.names.get(id(p), f"{name}.{a}"), reads, view) for a, view, p in found if p is not None]
 
-    def obstacle(self, slots, modules=()):
+    def obstacle(self, slots: Iterable[Slot], modules: Iterable[str] = ()) -> str | None:
         """Why these slots of these modules cannot move; None if they can."""
         for slot in slots:
             parameter = self.parameters.get(slot.name)
@@ -134,7 +141,8 @@ class Finder:
 
     # Rescaling
 
-    def write(self, name, flow):
+    def write(self, name: str, flow: Flow) -> None:
+        """Note that a module writes these channels. Raises ValueError if it cannot."""
         channels = flow.channels
         channels.writers.append(name)
         module = self.module(name)
@@ -145,13 +153,15 @@ class Finder:
         channels.size = size
         channels.slots += self.slots(name, table, reads=False)
 
-    def read(self, name, flow, part=None):
+    def read(self, name: str, flow: Flow, part: int | None = None) -> None:
+        """Note that a module reads these channels. Raises ValueError if it cannot."""
         channels, module = flow.channels, self.module(name)
         channels.readers.append(name)
         if channels.size is not None:  # otherwise blocked already
             channels.slots += self.slots(name, reader(module, channels.size, flow, part), reads=True)
 
-    def pair(self, pair):
+    def pair(self, pair: Pair) -> Candidate:
+        """The rescaling of a Pair."""
         first = self.module(pair.writers if isinstance(pair.writers, str) else pair.writers[0])
         flow = Flow(Channels(), flat=None if type(first) in (nn.Linear, nn.Embedding) else True)
         for names, note in zip(pair, (self.write, self.read)):
@@ -159,7 +169,8 @@ class Finder:
                 note(name, flow)
         return flow.channels.candidate()
 
-    def follow(self, prefix, graph):
+    def follow(self, prefix: str, graph: fx.Graph) -> None:
+        """Note what there is in a graph."""
         flows = {}
         for node in graph.nodes:
             try:
@@ -172,7 +183,7 @@ class Finder:
         channels = dict.fromkeys(flow.channels for flow in flows.values())
         self.spaces += [c.candidate() for c in channels if c.writers]
 
-    def operation(self, prefix, node):
+    def operation(self, prefix: str, node: fx.Node) -> tuple[str, nn.Module | None, str]:
         """Name, module (or None) and lower-case name of the operation of a node."""
         if node.op == "call_module":
             module = self.modules[prefix + node.target]
@@ -182,7 +193,7 @@ class Finder:
             return node.target.__name__, None, node.target.__name__.lower() if known else ""
         return prefix + node.target if node.op == "get_attr" else node.target, None, node.target
 
-    def flow(self, prefix, node, flows, obstacle=None):
+    def flow(self, prefix: str, node: fx.Node, flows: Flows, obstacle: str | None = None) -> Flow | None:
         """Note what a node reads and writes; return the tensor that comes out of it, None if it is not a tensor.
 
         obstacle: why its tensors stay, if that is known already.
@@ -205,7 +216,7 @@ class Finder:
         layer = module is not None and next(module.parameters(), None) is not None
         return blocked(inputs, f"{name} is not homogeneous in each channel", [name] if layer else [])
 
-    def end(self, prefix, node, name):
+    def end(self, prefix: str, node: fx.Node, name: str) -> str | None:
         """Why tensors stay where the graph begins, ends, or takes a parameter out of its module; else None."""
         if node.op == "placeholder":
             return "it is an input"
@@ -217,7 +228,9 @@ class Finder:
             return f"{name} is used outside its module"
         return None
 
-    def layer(self, node, name, module, flows, inputs):
+    def layer(
+        self, node: fx.Node, name: str, module: nn.Module | None, flows: Flows, inputs: list[Flow]
+    ) -> Flow | None:
         """What comes out of a layer that reads or writes channels; None if it is none."""
         kind, flow = type(module), inputs[0]
         if kind is nn.Embedding:
@@ -240,7 +253,9 @@ class Finder:
             return noted(self.write, name, Flow(Channels(), -1))
         return None
 
-    def between(self, prefix, node, module, op, flows, inputs):
+    def between(
+        self, prefix: str, node: fx.Node, module: nn.Module | None, op: str, flows: Flows, inputs: list[Flow]
+    ) -> Flow | None:
         """What comes out of an operation that keeps channels apart or adds them; None if it does neither."""
         args = node.args
         if op == "getitem" and self.operation(prefix, args[0])[2] == "multiheadattention" and args[1] == 0:
@@ -251,7 +266,7 @@ class Finder:
             return self.add(flows, *map(flows.get, args)) or blocked(inputs, unlike)
         return passes(op, node, module, inputs[0], flows) if len(inputs) == 1 else None
 
-    def add(self, flows, a, b):
+    def add(self, flows: Flows, a: Flow, b: Flow) -> Flow | None:
         """The sum of two tensors: from now on their channels are one."""
         if a[1:] != b[1:]:
             return None
@@ -264,10 +279,11 @@ class Finder:
 
     # Attention
 
-    def multihead(self, name, m):
+    def multihead(self, name: str, m: nn.MultiheadAttention) -> Iterator[Candidate]:
+        """The two spaces of each of its heads."""
         fused, E, heads, d = m.in_proj_weight is not None, m.embed_dim, m.num_heads, m.head_dim
 
-        def slots(part, reads):
+        def slots(part: int, reads: bool) -> list[Slot]:
             weight, at = ("in_proj_weight", part * E) if fused else ("qkv"[part] + "_proj_weight", 0)
             table = [(weight, split_dim(heads, d, at, E)), ("in_proj_bias", split_dim(heads, d, part * E, E))]
             if part > 0:
@@ -279,7 +295,8 @@ class Finder:
         yield Symmetry(f"{name}: queries, keys", "attention", (heads, d, d), tuple(queries)), (), None
         yield Symmetry(f"{name}: values, output", "attention", (heads, d, d), tuple(values)), (), None
 
-    def attention(self, a):
+    def attention(self, a: Attention) -> Iterator[Candidate]:
+        """The same of plain projections. Raises ValueError if they do not fit."""
         kv, fused = a.kv_heads or a.heads, a.q == a.k == a.v
         for name in a[:4]:
             if type(self.module(name)) is not nn.Linear:
@@ -289,7 +306,7 @@ class Finder:
         if widths != [a.heads * d, kv * d, kv * d_v] or self.modules[a.out].in_features != a.heads * d_v:
             raise ValueError(f"{a}: the widths of these projections do not fit its heads")
 
-        def slots(part, d, reads):
+        def slots(part: int, d: int, reads: bool) -> list[Slot]:
             view = split_dim(kv, d, part * widths[0] if fused else 0, widths[part])
             return self.slots(a[part], [("weight", view), ("bias", view)], reads)
 
@@ -298,7 +315,7 @@ class Finder:
         yield Symmetry(f"{a.q}, {a.k}: queries, keys", "attention", (kv, d, d), tuple(queries)), a[:4], None
         yield Symmetry(f"{a.v}, {a.out}: values, output", "attention", (kv, d_v, d_v), tuple(values)), a[:4], None
 
-    def plain_attention(self, prefix, node):
+    def plain_attention(self, prefix: str, node: fx.Node) -> Iterator[Candidate]:
         """The projections around a scaled_dot_product_attention, if heads are split and merged in the usual way."""
         tensors = (*node.args[:3], *map(node.kwargs.get, ("query", "key", "value")[len(node.args) :]))
         if node.kwargs.keys() & {"enable_gqa"} or not all(isinstance(n, fx.Node) for n in tensors):
@@ -309,7 +326,7 @@ class Finder:
             if len(set(heads)) == 1 and parts == ((0, 1, 2) if len(set(names)) == 1 else (None, None, None)):
                 yield from self.attention(Attention(*names, out, heads[0]))
 
-    def split_heads(self, prefix, node):
+    def split_heads(self, prefix: str, node: fx.Node) -> tuple[str, int, int | None] | None:
         """(Linear, heads, part of it or None) if node is Linear, view(batch, tokens, heads, d), transpose(1, 2)."""
         op, part = partial(self.operation, prefix), None
         view = node.args[0] if node.args else None
@@ -332,7 +349,7 @@ class Finder:
         usual = type(module) is nn.Linear and isinstance(sizes[-2], int) and len(source.users) == 1
         return (name, sizes[-2], part) if usual else None
 
-    def merge_heads(self, prefix, node):
+    def merge_heads(self, prefix: str, node: fx.Node) -> str | None:
         """The Linear that reads node.transpose(1, 2).reshape(batch, tokens, features), or None."""
         for expected in ("transpose", "contiguous", "view|reshape|flatten", "linear"):
             if len(node.users) != 1:
@@ -349,7 +366,7 @@ class Finder:
 
     # Data-dependent actions
 
-    def linear_pair(self, prefix, node):
+    def linear_pair(self, prefix: str, node: fx.Node) -> Iterator[Candidate]:
         """A HiddenAction if node is an activation of teleport.py between two Linear, and nothing else reads either."""
         _, module, op = self.operation(prefix, node)
         slope = getattr(module, "negative_slope", node.kwargs.get("negative_slope", 0.01))
