@@ -15,6 +15,7 @@ and the arms:
                  most 1 %
   published      φ: stale hidden layers, new directions in every step, the mean over 9 radii divided by 10. ψ: the bare
                  step, which mostly goes much too far (on true hidden layers and, at full row rank, the same curve)
+  backtracking   like `preactivation`, every step halved until φ or ψ moves the right way and the loss by at most 0.1 %
   rescaling      like `preactivation`, on the orbit of positive rescaling, where the loss cannot move
   random         φ: a random element that moves the weights as far as `preactivation`; ψ: the same |t|, a random sign
 
@@ -36,7 +37,7 @@ from common.arms import Arm, Stack
 from common.claims import Claim, Verdict, change, table, weigh
 from common.data import published_split, require
 from common.mlp import initial_weights, published_seeds
-from common.moves import MEASURED, attempt, move_curvature, move_sharpness, teleporter
+from common.moves import MEASURED, attempt, held_out, move_curvature, move_sharpness, teleporter
 from common.run import Outcome
 from common.statistics import mean_std
 
@@ -65,7 +66,7 @@ class Way(NamedTuple):
     """Where an arm is sent, and by what."""
 
     objective: str  # sharpness or curvature
-    action: str  # preactivation, published, rescaling or random
+    action: str  # one of ACTIONS
     maximize: bool
 
     @property
@@ -81,9 +82,8 @@ class Way(NamedTuple):
 
 
 SYMBOLS = {"sharpness": "φ", "curvature": "ψ"}
-ACTIONS = ("preactivation", "published", "rescaling", "random")
+ACTIONS = ("preactivation", "published", "rescaling", "random", "backtracking")
 WAYS = [Way(objective, action, up) for objective in SYMBOLS for action in ACTIONS for up in (True, False)]
-ARMS = ("baseline", *(way.key for way in WAYS))
 # Published, by dataset: learning rate of SGD, and of the teleports (up, down).
 RATES = {
     "MNIST": (1e-2, {"sharpness": (5e-2, 5e-2), "curvature": (2e-1, 5e-2)}),
@@ -141,30 +141,37 @@ def experiment(run):
 
     def teleported(start):  # the epoch of the teleports: all arms of one run
         stack, seed = stacked(run, members, start[0], K), start[1]
-        record, move_arms = teleporter(stack, data, seed, s)
-        return {**train(run, stack, data, 1, {0: move_arms}), **record, "objective": objectives(stack, s)}
+        record, move_arms = teleporter(stack, data, dims, seed, s)
+        curves = train(run, stack, data, 1, {0: move_arms})
+        due = torch.tensor([[a > 0 and k < arm.moves for k in range(K)] for a, arm in enumerate(members)])
+        return {**curves, **record, "objective": stack.objective.float().where(due[:, None, :, None], torch.nan)}
 
     def after(start):  # all arms of all runs, some epochs at a time
         return train(run, stacked(run, members, start[0]), data, start[1])
+
+    def at_the_end(weights):  # all measures of all arms and runs on the batch that is held out, (A, S)
+        meters = [held_out(data, dims, seed, s) for seed in seeds]
+        values = torch.stack([meter([W[:, i].to(run.device) for W in weights]) for i, meter in enumerate(meters)], 1)
+        return {f"{key}_end": values[..., i] for i, key in enumerate(MEASURED)}
 
     parts, seconds = run.parts(before, {"before": None})
     first = parts["before"]
     starts = {f"run_{i + 1}": (weights_of(first, slice(i, i + 1)), seed) for i, seed in enumerate(seeds)}
     parts, spent = run.parts(teleported, starts)
     middle = {key: np.concatenate([part[key] for part in parts.values()], 1) for key in parts["run_1"]}
-    seconds |= spent
-    state, done, curves = middle, s.teleport_epoch + 1, [middle]
+    state, done, seconds, curves = middle, s.teleport_epoch + 1, seconds | spent, [middle]
     while done < s.epochs:
         end = min(done + CHUNK, s.epochs)
         parts, spent = run.parts(after, {f"epoch_{end}": (weights_of(state, slice(None)), end - done)})
         state, done, seconds = parts[f"epoch_{end}"], end, seconds | spent
         curves.append(state)
 
-    arrays = {key: middle[key] for key in ("objective", *MEASURED)}
+    parts, spent = run.parts(at_the_end, {"end": weights_of(state, slice(None))})
+    arrays = {key: middle[key] for key in ("objective", *MEASURED)} | parts["end"]
     for key in ("train_loss", "test_loss"):  # (arms, runs, epochs)
-        shared = np.broadcast_to(first[key], (len(ARMS), *first[key].shape[1:]))
+        shared = np.broadcast_to(first[key], (len(members), *first[key].shape[1:]))
         arrays[key] = np.concatenate([shared, *(part[key] for part in curves)], -1)
-    return Outcome(compare(s, arrays), arrays, seeds, seconds)
+    return Outcome(compare(s, arrays), arrays, seeds, seconds | spent)
 
 
 def stacked(run, members, weights, moves=0):
@@ -182,13 +189,6 @@ def weights_of(part, runs):
     """The weights of some runs, (S, d_m, d_{m-1}) where all arms share them, else (A, S, d_m, d_{m-1})."""
     weights = [torch.from_numpy(part[key]) for key in ("W1", "W2", "W3")]
     return [W[0, runs] if len(W) == 1 else W[:, runs] for W in weights]
-
-
-def objectives(stack, s):
-    """What each arm set out to change, on the batch of each of its teleports; NaN where it has none: (A, 1, K, 2)."""
-    due = [[k < teleports(way, s) for k in range(stack.objective.shape[-2])] for way in WAYS]
-    due = torch.tensor([[False] * len(due[0]), *due])
-    return stack.objective.float().where(due[:, None, :, None], torch.nan)
 
 
 def teleports(way, s):
@@ -253,14 +253,14 @@ def judge(*outcomes):
     word, limits = weigh({case: c.word for case, c in cases.items()}, WANTED, TEXT)
     said = [f"{TEXT[key]} on {label} {change(c)}" for (label, key), c in cases.items()]
     sentence = f"Test loss of {len(outcomes[0].seeds)} runs against no teleport: {'; '.join(said)}."
-    details = [of_arm(r, way) for r in outcomes for way in WAYS] + [OLD]
+    details = [of_arm(r, way) for r in outcomes for _, way in ways_of(r)] + [OLD]
     return Verdict(word, limits, sentence, details, said[0], answers={"direction": direction(outcomes)})
 
 
 def against_baseline(outcome, key, as_sent=True):
     """Test loss against the baseline's of the runs whose φ or ψ went as sent, and how many these are: after the last
     teleport, on held-out data and fresh draws, against no teleport at that step. as_sent False: of all others."""
-    a, way = ARMS.index(key), WAYS[ARMS.index(key) - 1]
+    a, way = next((a, way) for a, way in ways_of(outcome) if way.key == key)
     values = outcome.arrays[MEASURES[way.objective]][:, :, teleports(way, outcome.settings) - 1, 1, 1]  # (A, runs)
     runs = (values[a] > values[0] if way.maximize else values[a] < values[0]) == as_sent
     losses = outcome.arrays["test_loss"][[a, 0]][..., -max(1, outcome.settings.epochs // 4) :].mean(-1)
@@ -279,8 +279,8 @@ def of_arm(outcome, way):
 
 def direction(outcomes):
     """After teleports to larger and to smaller ψ, against none."""
-    keys = [f"curvature_{way}_preactivation" for way in ("up", "down")]
-    said = (f"{r.label}, {WAYS[ARMS.index(k) - 1]} {change(against_baseline(r, k)[0])}" for r in outcomes for k in keys)
+    keys = {way: f"curvature_{way}_preactivation" for way in ("up", "down")}
+    said = (f"{r.label}, ψ {way} {change(against_baseline(r, key)[0])}" for r in outcomes for way, key in keys.items())
     return f"Test loss of {len(outcomes[0].seeds)} runs against no teleport, margin 1 %: {'; '.join(said)}."
 
 
@@ -300,7 +300,9 @@ def plot(outcome, s, save):
 
 def plot_losses(ax, outcome, s, objective, action):
     """Training loss dashed, test loss solid, mean ± std, of the baseline and of one action's arms up and down."""
-    moved = [(a, f"{SYMBOLS[objective]} {way.direction}") for a, way in ways_of(objective) if way.action == action]
+    moved = [
+        (a, f"{SYMBOLS[objective]} {way.direction}") for a, way in ways_of(outcome, objective) if way.action == action
+    ]
     for i, (a, label) in enumerate([(0, "baseline"), *moved]):
         alive = np.isfinite(outcome.arrays["train_loss"][a]).all(-1)
         label += "" if alive.all() else f" ({alive.sum()} of {len(alive)} runs left)"
@@ -319,7 +321,7 @@ def plot_losses(ax, outcome, s, objective, action):
 
 def plot_differences(ax, outcome, objective):
     """Test loss of the runs that went as sent against the baseline's: mean and 95 % interval."""
-    for x, (_, way) in enumerate(ways_of(objective)):
+    for x, (_, way) in enumerate(ways_of(outcome, objective)):
         c, n = against_baseline(outcome, way.key)
         middle, low, high = (statistics.percent(value) for value in (c.effect, c.low, c.high))
         if math.isnan(middle):
@@ -332,36 +334,37 @@ def plot_differences(ax, outcome, objective):
     ticks = [sign * 10.0**e for sign in (-1, 1) for e in range(5)] + [0]
     low, high = ax.get_ylim()
     ax.set_yticks([t for t in ticks if low <= t <= high], [f"{t:g}" for t in ticks if low <= t <= high])
-    name_arms(ax, objective)
+    name_arms(ax, outcome, objective)
 
 
 def plot_objective(ax, outcome, s, objective):
     """One line per run, from before its first teleport to after its last, on held-out data and fresh draws."""
     values = outcome.arrays[MEASURES[objective]][..., 1]  # held out
-    for x, (a, way) in enumerate(ways_of(objective)):
-        k = teleports(way, s)
-        for run in values[a]:
-            ax.plot([x - 0.25, x + 0.25], [run[0, 0], run[k - 1, 1]], linewidth=1, **look_of(way), markevery=[1])
+    for x, (a, way) in enumerate(ways_of(outcome, objective)):
+        ends = values[a][:, [0, teleports(way, s) - 1], [0, 1]].T
+        ax.plot([x - 0.25, x + 0.25], ends, linewidth=1, **look_of(way), markevery=[1])
     ax.set(yscale="log", ylim=(max(np.nanmin(values[0]) / 30, ax.get_ylim()[0]), None))
     ax.set_title(f"{SYMBOLS[objective]} before → after all teleports")
-    name_arms(ax, objective)
+    name_arms(ax, outcome, objective)
 
 
 def plot_drift(ax, outcome, s, objective):
     """|Δloss| / loss of every teleport of every run, on its batch and on a held-out one."""
-    for x, (a, way) in enumerate(ways_of(objective)):
+    for x, (a, way) in enumerate(ways_of(outcome, objective)):
         loss = outcome.arrays["loss"][a, :, : teleports(way, s)]
         drift = (np.abs(loss[:, :, 1] - loss[:, :, 0]) / loss[:, :, 0]).clip(1e-8).reshape(-1, 2)
-        for i, (name, face) in enumerate((("teleport batch", None), ("held-out batch", "none"))):
-            look = {**look_of(way), "linestyle": "", "markerfacecolor": face, "label": None if x else name}
+        for i, look in enumerate(({"label": "teleport batch"}, {"label": "held-out batch", "markerfacecolor": "none"})):
+            look |= {**look_of(way), "linestyle": "", **({"label": None} if x else {})}
             ax.plot(np.full(len(drift), x - 0.15 + 0.3 * i), drift[:, i], **look)
     ax.set(yscale="log", ylabel="less is drawn at 1e-8", title="|Δloss| / loss of each teleport")
     ax.legend(fontsize=8)
-    name_arms(ax, objective)
+    name_arms(ax, outcome, objective)
 
 
-def ways_of(objective):
-    return [(a, way) for a, way in enumerate(WAYS, start=1) if way.objective == objective]
+def ways_of(outcome, objective=None):
+    """(a, way) of the arms that these results hold."""
+    ways = [way for way in WAYS if way.key in outcome.metrics]
+    return [(a, way) for a, way in enumerate(ways, start=1) if objective in (None, way.objective)]
 
 
 def look_of(way):
@@ -370,15 +373,15 @@ def look_of(way):
     return {key: look[key] for key in ("color", "marker", "markersize")}
 
 
-def name_arms(ax, objective):
-    names = [f"{way.action} {way.direction}" for _, way in ways_of(objective)]
+def name_arms(ax, outcome, objective):
+    names = [f"{way.action} {way.direction}" for _, way in ways_of(outcome, objective)]
     ax.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
     ax.set_xlim(-0.5, len(names) - 0.5)
 
 
 def report(outcome, s):
     rows = [["baseline", *[""] * 5, mean_std(outcome.metrics["baseline"]["test_loss"]), ""]]
-    for way in WAYS:
+    for _, way in ways_of(outcome):
         m = outcome.metrics[way.key]
         changes = [f"{100 * m[key]:+.3g} %" for key in ("objective_change", "total_change")]
         drifts = [f"{m[key][1]:.1e}" for key in ("drift", "largest_drift")]

@@ -19,6 +19,7 @@ from common.sharpness import Sharpness
 from teleport import (
     Activation,
     apply_to_layers,
+    curvature,
     curve_curvature,
     hidden_layers,
     leaky_relu,
@@ -30,7 +31,8 @@ from teleport import (
 
 ACTIVATION = leaky_relu(0.1)
 RADII = torch.arange(1, 10, dtype=torch.float32, device="cpu") / 10  # published: of φ in Figure 4
-MEASURED = ("phi", "psi", "loss", "gradient_norm")  # by a Meter
+MEASURED = ("phi", "psi", "loss", "gradient_norm", "psi_table")  # by a Meter; psi_table: Table 1's ψ
+DRIFT = 1e-3  # relative change of the loss that backtracking allows
 HALVINGS = 30  # of a step on ψ that goes too far
 
 
@@ -67,7 +69,11 @@ class Draws(NamedTuple):
 
 
 class Meter:
-    """φ, ψ, loss and gradient norm on a batch, with directions and elements that no teleport has seen."""
+    """What is MEASURED on a batch, with directions and elements that no teleport has seen.
+
+    psi is Figure 4's ψ; psi_table is Table 1's (`teleport.curvature`: post-activation action, all hidden layers,
+    elements of norm 1), with the elements of Table 1's first batch.
+    """
 
     def __init__(
         self, x: Tensor, labels: Tensor, dims: Sequence[int], directions: int, elements: int, generator: torch.Generator
@@ -76,43 +82,39 @@ class Meter:
         self.x, self.loss_fn = x, batch_loss(x, labels, ACTIVATION)
         self.phi = random_sharpness(x, labels, dims, directions, generator)
         self.M = torch.rand(elements, dims[2], dims[2], generator=generator).to(x)
+        generator = torch.Generator().manual_seed(12345)
+        self.elements = [torch.rand(d, d, generator=generator).to(x) for d in dims[1:-1]]
 
     def __call__(self, weights: Sequence[Tensor]) -> Tensor:
-        """weights (E, d_m, d_{m-1}) -> (E, 4); NaN for members that diverged."""
+        """weights (E, d_m, d_{m-1}) -> (E, len(MEASURED)); NaN for members that diverged."""
         values = self.x.new_full((len(weights[0]), len(MEASURED)), torch.nan)
         alive = torch.stack([W.isfinite().all(-1).all(-1) for W in weights]).all(0)
         weights = tuple(W[alive] for W in weights)
         psi = torch.stack([kappa_along(self.M, member, self.x).mean() for member in zip(*weights)]).to(self.x)
         gradient_norm = squared_gradient_norm(weights, self.loss_fn).sqrt()
-        values[alive] = torch.stack([self.phi(weights), psi, self.loss_fn(weights), gradient_norm], 1)
+        psi_table = curvature(weights, self.x, [M / M.norm() for M in self.elements], ACTIVATION)
+        values[alive] = torch.stack([self.phi(weights), psi, self.loss_fn(weights), gradient_norm, psi_table], 1)
         return values
 
 
-def teleporter(stack: Stack, data: Dataset, seed: int, s: Any) -> tuple[dict[str, Tensor], Callable[[int], None]]:
+def teleporter(
+    stack: Stack, data: Dataset, dims: Sequence[int], seed: int, s: Any
+) -> tuple[dict[str, Tensor], Callable[[int], None]]:
     """What measures one run's arms before and after each teleport, and the function that moves them before batch k.
 
     stack: of one run, (A, 1). s: Figure 4's Settings. The record, {measure: (A, 1, K, [before, after], [batch, held
     out])}, is filled in as the arms are moved.
     """
     K, weights = stack.objective.shape[-2], stack.net.weights
-    dims = (data.features, *(W.shape[-2] for W in weights))
-    record = {key: torch.zeros(len(stack.arms), 1, K, 2, 2) for key in MEASURED}  # [before, after], [batch, held out]
-
-    def meter(batch: Sequence[Tensor], generator: torch.Generator) -> Meter:
-        return Meter(*batch, dims, s.measured_directions, s.measured_elements, generator)
-
-    def draw(x: Tensor, y: Tensor, generator: torch.Generator) -> list[Tensor]:
-        return [part[0] for part in draw_batches(x, y, s.teleport_batch, [generator])]
-
-    generator = torch.Generator().manual_seed(seed)
-    held_out = meter(draw(data.x_test, data.y_test, generator), generator)  # the same for all teleports of the run
+    record = {key: torch.zeros(len(stack.arms), 1, K, 2, 2) for key in MEASURED}
+    other = held_out(data, dims, seed, s)  # the same for all teleports of the run
 
     def move_arms(k: int) -> None:
         if k >= K:
             return
         generator = torch.Generator().manual_seed(seed + 1 + k)
-        batch = draw(data.x, data.y, generator)
-        meters = (meter(batch, generator), held_out)
+        batch = _draw(data.x, data.y, s, generator)
+        meters = (Meter(*batch, dims, s.measured_directions, s.measured_elements, generator), other)
         before = torch.stack([measure(weights) for measure in meters], 1)
         stack.move(k, Draws.of(*batch, dims, s.directions, generator))
         after = torch.stack([measure(weights) for measure in meters], 1)
@@ -120,6 +122,17 @@ def teleporter(stack: Stack, data: Dataset, seed: int, s: Any) -> tuple[dict[str
             record[key][:, 0, k] = torch.stack([before[..., i], after[..., i]], 1)
 
     return record, move_arms
+
+
+def held_out(data: Dataset, dims: Sequence[int], seed: int, s: Any) -> Meter:
+    """The meter of one run on a batch of the test set, with draws that no teleport sees."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = _draw(data.x_test, data.y_test, s, generator)
+    return Meter(*batch, dims, s.measured_directions, s.measured_elements, generator)
+
+
+def _draw(x: Tensor, y: Tensor, s: Any, generator: torch.Generator) -> list[Tensor]:
+    return [part[0] for part in draw_batches(x, y, s.teleport_batch, [generator])]
 
 
 def random_sharpness(
@@ -164,12 +177,15 @@ def move_sharpness(
     steps: int,
     cap: float,
 ) -> Move:
-    """Ascent or descent of φ by the action (preactivation, rescaling, published); random: as far as `length`."""
+    """Ascent or descent of φ by the action (preactivation, rescaling, published; backtracking: preactivation, its steps
+    halved until φ improves and the loss stays within 1e-3); random: as far as `length`."""
     x, loss_fn, phi = draws.x, draws.loss_fn, draws.phi
     options = dict(activation=ACTIVATION, lr=lr, steps=steps, maximize=maximize)
     if action == "random":
         moved = random_move(weights, x, length, ACTIVATION, draws.generator)
         return Move(moved, loss_fn(weights), loss_fn(moved), phi(weights), phi(moved), length)
+    if action == "backtracking":
+        options |= dict(backtracking=True)
     if action == "published":
         result = published.teleport_sharpness(weights, x, loss_fn, draws.new_phi, cap=cap, **options)
     else:
@@ -188,10 +204,11 @@ def move_curvature(
     maximize: bool,
     tolerance: float,
 ) -> Move:
-    """One step on κ along t ↦ exp(tM) by the action (preactivation, rescaling, published); random: to ± t."""
+    """One step on κ along t ↦ exp(tM) by the action (preactivation, backtracking, rescaling, published); random: ±t."""
     x, loss_fn = draws.x, draws.loss_fn
-    if action in ("preactivation", "rescaling"):  # exp(tM) of a diagonal M is diagonal and positive: a rescaling
-        M = draws.M if action == "preactivation" else draws.M.diag().diag()
+    if action in ("preactivation", "backtracking", "rescaling"):
+        M = draws.M.diag().diag() if action == "rescaling" else draws.M  # exp(tM), M diagonal: a positive rescaling
+        tolerance = DRIFT if action == "backtracking" else tolerance
         return curvature_teleport(weights, x, loss_fn, M, lr if maximize else -lr, tolerance)
     if action == "published":
         moved = published.teleport_curvature(weights, x, draws.M, activation=ACTIVATION, lr=lr, maximize=maximize)

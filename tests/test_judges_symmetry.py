@@ -82,15 +82,18 @@ def test_table_1_compares_with_the_published_axes():
     assert agrees["φ (MNIST)"] and not agrees["ψ (MNIST)"]
 
 
+ARMS = ("baseline", *(way.key for way in figure4.WAYS))
+
+
 def moved(effects, n, lost=0, seed=0):
     """Figure 4's arrays of n runs: every arm goes where it is sent and changes the test loss by effects (% by arm), but
     for `lost` runs of each, which go the other way and diverge."""
     generator, s = np.random.default_rng(seed), figure4.PRESETS["tiny"]
-    A, K = len(figure4.ARMS), max(*s.teleports_sharpness, *s.teleports_curvature)
+    A, K = len(ARMS), max(*s.teleports_sharpness, *s.teleports_curvature)
     level = np.exp(0.1 * generator.normal(size=(1, n)) + 0.001 * generator.normal(size=(A, n)))
     phi, up = np.ones((A, n, K, 2, 2)), np.array([0, *(1 if way.maximize else -1 for way in figure4.WAYS)])
     phi *= np.exp(0.1 * up)[:, None, None, None, None]
-    for a, name in enumerate(figure4.ARMS[1:], start=1):
+    for a, name in enumerate(ARMS[1:], start=1):
         level[a] *= 1 + effects.get(name, 0) / 100
         level[a, n - lost :] = np.nan
         phi[a, n - lost :] = 1 / phi[a, n - lost :]

@@ -122,11 +122,11 @@ def run_tiny(output, *options):
 def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, monkeypatch):
     teleporter, seeds = figure4.teleporter, []
 
-    def counting(stack, data, seed, s):
+    def counting(stack, data, dims, seed, s):
         seeds.append(seed)
         if len(seeds) == 2:  # Ctrl-C in the second run's teleports
             raise KeyboardInterrupt
-        return teleporter(stack, data, seed, s)
+        return teleporter(stack, data, dims, seed, s)
 
     monkeypatch.setattr(figure4, "teleporter", counting)
     with pytest.raises(SystemExit) as stop:
@@ -175,7 +175,7 @@ def test_table_says_what_the_arrays_say(tiny):
     run = tiny("teleport_sharpness_curvature.py")[0]
     (name,) = run.arrays
     arrays, metrics = run.arrays[name], run.records[name]["metrics"]
-    assert arrays["test_loss"].shape == (17, 2, 4) and arrays["loss"].shape == (17, 2, 2, 2, 2)
+    assert arrays["test_loss"].shape == (21, 2, 4) and arrays["loss"].shape == (21, 2, 2, 2, 2)
     assert np.array_equal(arrays["loss"][0, :, :, 0], arrays["loss"][0, :, :, 1])  # no teleport: before is after
     shared = arrays["test_loss"][:, :, :2]
     assert np.array_equal(shared, np.broadcast_to(shared[:1], shared.shape))  # the first epochs are shared
@@ -186,5 +186,11 @@ def test_table_says_what_the_arrays_say(tiny):
         drift = abs(arrays["loss"][a, :, :k, 1] / arrays["loss"][a, :, :k, 0] - 1).max((0, 1))
         if way.action == "rescaling":
             assert drift.max() < 1e-6
+        if way.action == "backtracking":
+            assert drift[0] < 1.01e-3  # on the teleport's batch
         if way.action == "preactivation":
             np.testing.assert_allclose(m["largest_drift"], drift, atol=1e-6)
+    for key in ("phi", "psi", "psi_table", "loss"):  # at the end of training
+        assert arrays[f"{key}_end"].shape == (21, 2) and not np.array_equal(
+            arrays[f"{key}_end"][0], arrays[key][0, :, -1, 1, 1]
+        )
