@@ -30,7 +30,9 @@ def declared_detection_operators():
     lets it be imported. None of the models here uses them."""
     path = Path(importlib.util.find_spec("torchvision").submodule_search_locations[0], "_meta_registrations.py")
     library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in dict.fromkeys(re.findall(r'register_(?:meta|fake)\("(?:torchvision::)?(\w+)"', path.read_text())):
+    for name in dict.fromkeys(
+        re.findall(r'register_(?:meta|fake)\("(?:torchvision::)?(\w+)"', path.read_text(encoding="utf-8"))
+    ):
         if not hasattr(torch.ops.torchvision, name):
             library.define(f"{name}(Tensor x) -> Tensor")
     return library
