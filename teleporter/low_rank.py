@@ -54,9 +54,9 @@ class LowRankRotation:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | list,
+        optimizer: torch.optim.Optimizer | list | tuple,
         *,
-        averaged: nn.Module | dict | list | None = None,
+        averaged: nn.Module | dict | list | tuple | None = None,
         inputs: Tensor | tuple | dict | None = None,
         pairs: list | None = None,
         every: int = 1,
