@@ -42,7 +42,9 @@ PAPER = so2.Settings(start=(5.0, -5.0), steps=10, teleports=(4,), lr=0.08, lr_th
 PRESETS = {"tiny": replace(PAPER, seeds=2), "quick": PAPER, "paper": PAPER}
 experiment, plot = partial(so2.experiment, function=BOOTH), partial(so2.plot, function=BOOTH)
 
-judge, report = so2.judge, so2.report
+# Recorded by running the authors' code: (arm, step) -> loss.
+RECORDED = {("gd", 9): 3.1215009607850766, ("gd_published", 9): 0.004881439828260797}
+judge, report = partial(so2.judge, recorded=RECORDED), so2.report
 
 if __name__ == "__main__":
     cli.main(__file__, __doc__, PRESETS, experiment, plot, report, judge)

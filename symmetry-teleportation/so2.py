@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common import plots
-from common.claims import Verdict, grade, median, table
+from common.claims import Published, Verdict, grade, median, table
 from common.run import Outcome
 
 
@@ -255,7 +255,7 @@ def summary(result):
 RANDOM = "Teleports to random angles end at a loss of {:.1e}, the published ascent at {:.1e}."
 
 
-def judge(outcome):
+def judge(outcome, recorded):
     final = {arm: median(m["final_loss"]) for arm, m in outcome.metrics.items()}
     names = {"gd": "gradient descent", "gd_random": "random angles", "gd_published": "the published ascent"}
     names |= {"gd_maximum": "the orbit's maximum", "newton": "Newton's method"}
@@ -265,8 +265,19 @@ def judge(outcome):
         "random angles do as well as the published ascent" if faster["gd"] else "no faster",
         "Final loss, median over starting angles: " + ", ".join(f"{names[a]} {final[a]:.2g}" for a in names) + ".",
         [how_far(outcome.metrics)],
+        published=list(beside(outcome, recorded)),
         surprise="" if faster["gd_random"] else RANDOM.format(final["gd_random"], final["gd_published"]),
     )
+
+
+def beside(outcome, recorded):
+    """The losses that the authors' code recorded, {(arm, step): loss}, beside ours from the same angles."""
+    for (arm, step), loss in recorded.items():
+        if step >= outcome.settings.steps:
+            continue
+        ours = float(outcome.arrays[f"{arm}_loss"][step, 0])
+        what = f"loss after {step} steps, {ARMS[arm]}"
+        yield Published(what, loss, ours, "the authors' code, run here", agrees=abs(ours - loss) <= 1e-6 * loss)
 
 
 def how_far(m):
