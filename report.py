@@ -35,7 +35,11 @@ class Result(NamedTuple):
 
     @property
     def label(self):
-        return self.outcome.label or self.name
+        return (self.outcome.label or self.name) + (f", --preset {self.preset}: a first look" if self.preset else "")
+
+    @property
+    def preset(self):
+        return self.path.parent.name.removeprefix("results")  # none: the paper's size
 
 
 class Section(NamedTuple):
@@ -65,19 +69,20 @@ def sections():
 
 
 def load(section, root=ROOT):
-    """The section's results, datasets in the order MNIST, Fashion-MNIST, CIFAR-10."""
+    """The section's results, datasets in the order MNIST, Fashion-MNIST, CIFAR-10; until the paper's size has been run
+    those of the preset that the script calls SHOWN, if it does."""
     stem, kind = section.module.get("NAME", Path(section.script).stem), type(section.module["PRESETS"]["paper"])
+    names = [stem, *(f"{stem}_{dataset}" for dataset in LABELS)]
+    folders = [root / "results", root / "results" / section.module.get("SHOWN", "")]
+    paths = [[path for name in names if (path := folder / f"{name}.json").exists()] for folder in folders]
     results = []
-    for name in [stem, *(f"{stem}_{dataset}" for dataset in LABELS)]:
-        path = root / "results" / f"{name}.json"
-        if not path.exists():
-            continue
+    for path in paths[0] or paths[1]:
         with files.whole(path):
             record, outcome = run.read(path)
             saved = record["configuration"]["settings"]
             settings = kind(**{f.name: _tuples(saved[f.name]) for f in fields(kind) if f.name in saved})
             outcome = outcome._replace(settings=settings)
-            results.append(Result(name, path, record, outcome, section.module["report"](outcome, settings)))
+            results.append(Result(path.stem, path, record, outcome, section.module["report"](outcome, settings)))
     return results
 
 
@@ -181,20 +186,21 @@ def anchor(section):
 def describe(result, root):
     record = result.record
     settings = {k: v for k, v in record["configuration"]["settings"].items() if k != "dataset"}
-    pictures = [p for p in sorted((root / "figures").glob(f"{result.name}*.png")) if mine(p, result, root)]
+    pictures = sorted((root / "figures" / result.preset).glob(f"{result.name}*.png"))
     hashes = record["dataset"]["sha256"]
     share = f"{processes(record)} processes of " if processes(record) > 1 else ""
     where = f"{record['device']}, {share}{record['threads']} thread(s), torch {record['versions']['torch']}"
     return [
         f"### {result.label}",
         "",
-        *(f"![{p.stem}](figures/{p.name})" for p in pictures),
+        *(f"![{p.stem}]({p.relative_to(root).as_posix()})" for p in pictures if mine(p, result)),
         "",
         "```text",
         result.table.rstrip(),
         "```",
         "",
-        f"{duration(record['elapsed_seconds'])} on {where}. Numbers: [{result.name}.json](results/{result.name}.json).",
+        f"{duration(record['elapsed_seconds'])} on {where}. Numbers: "
+        f"[{result.name}.json]({result.path.relative_to(root).as_posix()}).",
         "",
         "<details><summary>Settings and data</summary>",
         "",
@@ -207,9 +213,9 @@ def describe(result, root):
     ]
 
 
-def mine(picture, result, root):
+def mine(picture, result):
     """Is this picture result's own, and not that of a longer-named result (…_MNIST, …_radial)?"""
-    others = [p.stem for p in (root / "results").glob("*.json") if len(p.stem) > len(result.name)]
+    others = [p.stem for p in result.path.parent.glob("*.json") if len(p.stem) > len(result.name)]
     return not any(picture.stem == o or picture.stem.startswith(o + "_") for o in others)
 
 
@@ -219,10 +225,12 @@ def readme(judged):
     for section, results, judgement in judged:
         claim, place = section.claim, anchor(section)
         if claim.headline and judgement:
-            findings.append((sentence_case(claim.short), link(judgement.word, place), judgement.number))
+            word = judgement.word + (" (first look)" if results[0].preset else "")
+            findings.append((sentence_case(claim.short), link(word, place), judgement.number))
         seconds = sum(r.record["elapsed_seconds"] for r in results)
         command = f"`{section.script}{' --dataset all' if len(results) > 1 else ''}`"
-        figures.append((link(claim.figure, place), command, duration(seconds) if results else "not yet run"))
+        time = duration(seconds) if results and not results[0].preset else "not yet run"
+        figures.append((link(claim.figure, place), command, time))
     tables = {
         "findings": markdown(("claim", "verdict", "what decides"), findings),
         "figures": [

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from common.mlp import StackedMLP
 from common.run import Run
-from teleport import Teleportation
+from teleport import Activation, Teleportation, apply_to_layers, squared_gradient_norm
+
+LARGEST = 1e4  # a member with a weight above has diverged, and is not moved any more
 
 
 class Arm(NamedTuple):
@@ -54,6 +56,7 @@ class Stack:
         every = (len(self.arms), *self.shape)
         factors = first.new_tensor([arm.rate for arm in self.arms])
         rates = factors.view(-1, *(1 for _ in self.shape)) * rates[..., None]
+        self._start = weights
         weights = [W.expand(*every, *W.shape[-2:]).flatten(0, len(self.shape)) for W in weights]
         self.net = StackedMLP(weights, optimizer, rates.expand(every).flatten())
         record = dict(dtype=torch.float64, device="cpu")
@@ -79,19 +82,25 @@ class Stack:
                 continue
             mine, start = self.members(a), clock(self.net.lr.device)
             if arm.move is not None:
-                weights = tuple(W[mine].unflatten(0, self.shape).to(dtype) for W in self.net.weights)
                 lead = () if arm.follows is None else (made[arm.follows],)
-                made[arm.name] = moved = arm.move(weights, *batch, *lead)
-                if arm.raises:
-                    growth = (moved.objective_after / moved.objective_before).sqrt()
-                    self.net.lr[mine] *= growth.flatten().to(self.net.lr.dtype)
-                else:
-                    self.net.set(mine, [W.flatten(0, -3).to(V.dtype) for W, V in zip(moved.weights, self.net.weights)])
-                self.loss[a, ..., k, :] = torch.stack([moved.loss_before, moved.loss_after], -1)
-                self.objective[a, ..., k, :] = torch.stack([moved.objective_before, moved.objective_after], -1)
+                made[arm.name] = self._move(a, k, (*batch, *lead), dtype)
             if arm.restart:
                 self.net.reset(mine)
             self.seconds[a] += clock(self.net.lr.device) - start
+
+    def _move(self, a: int, k: int, batch: tuple, dtype: torch.dtype) -> Teleportation:
+        arm, mine = self.arms[a], self.members(a)
+        weights = tuple(W[mine].unflatten(0, self.shape).to(dtype) for W in self.net.weights)
+        start = [(W[a] if W.ndim > 3 else W).to(dtype) for W in self._start]
+        moved = spare(arm.move, start)(weights, *batch)
+        if arm.raises:
+            growth = (moved.objective_after / moved.objective_before).sqrt()
+            self.net.lr[mine] *= growth.flatten().to(self.net.lr.dtype)
+        else:
+            self.net.set(mine, [W.flatten(0, -3).to(V.dtype) for W, V in zip(moved.weights, self.net.weights)])
+        self.loss[a, ..., k, :] = torch.stack([moved.loss_before, moved.loss_after], -1)
+        self.objective[a, ..., k, :] = torch.stack([moved.objective_before, moved.objective_after], -1)
+        return moved
 
     def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss and accuracy of every member on x (n, d_0), y (n,): two tensors (A, [F,] S)."""
@@ -119,6 +128,51 @@ class Stack:
                 curves[key].append(values)
             curves["seconds"].append(training / self.net.members + self.seconds / own)
         return {key: torch.stack(values, -1) for key, values in curves.items()}
+
+
+def spare(move: Callable, start: Sequence[Tensor]) -> Callable:
+    """The move, of the members that have not diverged: the others stay where they are, and their numbers are NaN.
+
+    start: initial weights, of the members' shapes but for leading axes; they stand in for those that are spared.
+    """
+
+    def spared(weights: tuple, *batch: Any) -> Teleportation:
+        sound = torch.stack([W.abs().amax((-2, -1)) < LARGEST for W in weights]).all(0)  # False for NaN
+        if sound.all():
+            return move(weights, *batch)
+        here = sound[..., None, None]
+        moved = move(tuple(torch.where(here, W, V) for W, V in zip(weights, start)), *batch)
+        numbers = (torch.where(sound, values, torch.nan) for values in moved[1:])
+        return Teleportation(tuple(torch.where(here, V, W) for V, W in zip(moved.weights, weights)), *numbers)
+
+    return spared
+
+
+def as_large(ascend: Callable, loss: Callable, action: Callable, activation: Activation, seed: int) -> Callable:
+    """A move by a random element as large as the ascent's: I + cT per hidden layer, T normal, c such that all weights
+    together change as much (to a per cent or so) as they would by ascend(weights, X, labels).
+
+    loss(X, labels) -> loss_fn, as `teleport.teleport` takes it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(weights: tuple, X: Tensor, labels: Tensor) -> Teleportation:
+        goal, loss_fn = ascend(weights, X, labels), loss(X, labels)
+        size, c = distance(goal.weights, weights), 1e-3
+        T = [torch.randn(*W.shape[:-1], W.shape[-2], generator=generator).to(W) for W in weights[:-1]]
+        for _ in range(6):
+            elements = [torch.eye(t.shape[-1]).to(t) + c * t for t in T]
+            moved = apply_to_layers(weights, X, elements, action, activation)
+            c = c * (size / distance(moved, weights).clamp_min(1e-30))[..., None, None].clamp(0.1, 100)
+        after = loss_fn(moved), squared_gradient_norm(moved, loss_fn)
+        return Teleportation(moved, goal.loss_before, after[0], goal.objective_before, after[1])
+
+    return move
+
+
+def distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Frobenius distance of all weights together, of each member: (*E,)."""
+    return sum((A - B).square().sum((-2, -1)) for A, B in zip(first, second)).sqrt()
 
 
 def draw_batches(x: Tensor, y: Tensor, size: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,12 @@ def weigh(found: Mapping[tuple, str], wanted: Mapping[str, str], text: Mapping[s
     return UNDECIDED if word == FAILS and UNDECIDED in found.values() else word, "; ".join(limits)
 
 
+def except_for(settled: Mapping[str, bool | None]) -> str:
+    """Why such a claim does not hold: in which cases it does, or is undecided."""
+    won, unsettled = ([name for name in settled if settled[name] is answer] for answer in (True, None))
+    return f"{listed(won)} only" if won else f"nowhere{f', undecided for {listed(unsettled)}' if unsettled else ''}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 
@@ -137,10 +143,11 @@ def change(c: Any, digits: int = 2) -> str:
     """A statistics.Comparison of logarithms as text: per cent, the 95 % interval, the word, what would have shown."""
     if math.isnan(c.effect):
         return f"diverged in {c.diverged[0]} and {c.diverged[1]} of {c.n} ({c.word})"
-    middle, low, high, detectable = (100 * math.expm1(x) for x in (c.effect, c.low, c.high, c.detectable))
+    middle, low, high, detectable = (100 * math.expm1(min(x, 500)) for x in (c.effect, c.low, c.high, c.detectable))
     if math.isnan(low):
         return f"{middle:+.{digits}f} % ({c.word}: one run has no interval)"
-    shown = f", {detectable:.2g} % would have shown" if c.word == UNDECIDED and not math.isnan(detectable) else ""
+    said = f"{detectable:.2g} %" if detectable < 1000 else "tenfold or more"
+    shown = f", {said} would have shown" if c.word == UNDECIDED and not math.isnan(detectable) else ""
     return f"{middle:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] % ({c.word}{shown})"
 
 

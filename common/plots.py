@@ -3,7 +3,7 @@
 import io
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,18 @@ def log_band(ax: plt.Axes, x: Sequence, y: np.ndarray, label: str, i: int) -> No
     mean, spread = y.mean(0), y.std(0, ddof=1) if len(y) > 1 else 0
     (line,) = ax.plot(x, np.exp(mean), label=label, **style(i))
     ax.fill_between(x, np.exp(mean - spread), np.exp(mean + spread), color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def intervals(ax: plt.Axes, found: Collection, at: Sequence, i: int, label: str, vertical: bool = False) -> None:
+    """Comparisons of logarithms with 95 % intervals, in per cent, at places on the y axis (vertical: on the x axis)."""
+    middle, low, high = (np.array([100 * np.expm1(getattr(c, k)) for c in found]) for k in ("effect", "low", "high"))
+    bars, look = [middle - low, high - middle], style(i, marker=True) | {"linestyle": "none"}
+    if vertical:
+        ax.errorbar(at, middle, yerr=bars, label=label, capsize=2, **look)
+        ax.axhline(0, color="black", linewidth=0.8)
+    else:
+        ax.errorbar(middle, at, xerr=bars, label=label, capsize=2, **look)
+        ax.axvline(0, color="black", linewidth=0.8)
 
 
 def tuning_curves(ax: plt.Axes, tuned: Any, names: Sequence[str], baseline: int = 0) -> None:

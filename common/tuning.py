@@ -66,8 +66,8 @@ def tune(scores: Callable, arms: int, grid: Sequence[float] = GRID, bound: int |
 
     scores(which, factors) -> (len(which), F, S): one number a run, smaller is better, of the arms numbered `which` at
     factors (len(which), F). The first call has all arms and the whole grid, the others the arms whose best is at an
-    edge, and STRIDE more factors beyond it. bound: rungs that may be tried on either side of × 1 (default: twice the
-    grid). Raises ValueError for a grid that does not ascend from 1.
+    edge, and STRIDE more factors beyond it. bound: rungs on either side of × 1 after which it gives up (default: twice
+    the grid). Raises ValueError for a grid that does not ascend from 1.
     """
     if len(grid) < 2 or grid[0] != 1 or not (np.diff(grid) > 0).all():
         raise ValueError(f"grid must ascend from 1, got {grid}")
@@ -102,11 +102,11 @@ def _best(row: Mapping[int, np.ndarray]) -> int:
 
 
 def _beyond(row: Mapping[int, np.ndarray], bound: int) -> Sequence[int]:
-    """The rungs to try next: past the edge at which the best lies, within the bound."""
+    """The rungs to try next: past the edge at which the best lies, until that is at the bound."""
     best = _best(row)
     if best == max(row):
-        return range(best + 1, min(best + STRIDE, bound) + 1)
-    return range(max(best - STRIDE, -bound), best) if best == min(row) else ()
+        return range(best + 1, best + 1 + STRIDE) if best < bound else ()
+    return range(best - STRIDE, best) if best == min(row) and best > -bound else ()
 
 
 def runs(
@@ -123,9 +123,9 @@ def runs(
     return max(needs, key=lambda r: r.needed if isfinite(r.needed) else inf)
 
 
-def disjoint_seeds(tuning: int, compared: int) -> tuple[list[int], list[int]]:
+def disjoint_seeds(tuning: int, compared: int, draw: Callable = published_seeds) -> tuple[list[int], list[int]]:
     """Seeds of the tuning, the published ones from the first run on, and those of the comparison, which follow."""
-    seeds = published_seeds(tuning + compared)
+    seeds = draw(tuning + compared)
     return seeds[:tuning], seeds[tuning:]
 
 

@@ -18,7 +18,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import data  # noqa: E402
-from common.statistics import difference, mean_std, verdict  # noqa: E402
+from common.claims import change  # noqa: E402
+from common.statistics import compare as paired  # noqa: E402
+from common.statistics import mean_std  # noqa: E402
 from teleporter import Teleporter  # noqa: E402
 
 ARMS = ("plain", "plain, 3x rate", "random element", "teleport")
@@ -90,14 +92,13 @@ def train(make, optimizer, teleport_at, arm, seed, dataset):
 def compare(title, seeds, dataset, make, **settings):
     """Print what moves, then for each arm the mean ± std over the seeds, and its paired difference to "plain"."""
     print(f"\n{title}: {Teleporter(make())}")
-    print(f"{'':16}{'training loss':>17}{'test loss':>17}{'accuracy %':>14}{'max drift':>11}  test loss − plain, 95 %")
+    print(f"{'':16}{'training loss':>17}{'test loss':>17}{'accuracy %':>14}{'max drift':>11}  test loss / plain's")
     plain = None
     for arm in ARMS:
         results = np.array([train(make, arm=arm, seed=s, dataset=dataset, **settings) for s in range(seeds)])
         plain = results if plain is None else plain
         cells = [mean_std(results[:, i]) for i in range(3)]
-        mean, low, high = interval = difference(results[:, 1], plain[:, 1])
-        versus = "" if results is plain else f"  {mean:+.3f} ({low:+.3f} to {high:+.3f}) {verdict(interval)}"
+        versus = "" if results is plain else f"  {change(paired(results[:, 1], plain[:, 1]))}"
         print(f"{arm:16}{cells[0]:>17}{cells[1]:>17}{cells[2]:>14}{results[:, 3].max():11.1e}{versus}")
 
 

@@ -6,7 +6,7 @@ on. diag(g, 1) leaves that row alone, whatever the action; it takes no part in t
 
 import torch
 
-from teleport import preactivation_action, squared_gradient_norm
+from teleport import apply_to_layers, preactivation_action, rescaling_action, squared_gradient_norm
 
 
 def homogeneous(weights):
@@ -40,3 +40,20 @@ def diagonally_dominant(identity, count, scale, generator):
     g = torch.nn.functional.pad(scale * g / g.norm(dim=(-2, -1), keepdim=True), (0, 1, 0, 1))
     g[:, -1, -1] = 1  # the constant unit
     return g
+
+
+def rescale(W, layers, target, loss_fn, activation):
+    """Positive rescaling of hidden layers, one number below 1 for all their units, whose ‖∂L/∂W‖² is the target."""
+
+    def rescaled(log_scale):
+        elements = [None] * (len(W) - 1)
+        for m in layers:
+            elements[m] = torch.full_like(W[m][:, 0], log_scale).exp()
+            elements[m][-1] = 1  # the constant unit
+        return apply_to_layers(W, None, elements, rescaling_action, activation)
+
+    low, high = -10.0, 0.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gradient_norm(rescaled(middle), loss_fn) > target else (low, middle)
+    return rescaled(high)

@@ -14,6 +14,10 @@ to g = I/8, which alone multiplies gradients by 8. So the arms are:
   rescaling      one positive number for the whole layer, chosen to give the norm that search found; "rescaling all":
                  the same number for every hidden layer, to give the norm that search all found
 
+The variant is a notebook in TensorFlow, repository baubels/gradient_teleportation. Its network has a leaky ReLU on the
+output too, and a softmax before a cross-entropy that takes another; ours has neither. One number a run: the mean log
+training loss over the epochs from the teleport on; no rate is tuned.
+
 Biases are an extra column of the weights (biases.py). An element is exact on the batch it was computed for; the loss
 on the whole training set is reported beside it.
 """
@@ -28,17 +32,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from biases import affine_action, diagonally_dominant, gradient_norm, homogeneous, parameters
+from biases import affine_action, diagonally_dominant, gradient_norm, homogeneous, parameters, rescale
 
 from common import cli, plots
 from common.arms import Arm
-from common.claims import Claim, Verdict, grade, interval, listed, mean, table
+from common.claims import Claim, Published, Verdict, change, grade, listed, table
 from common.losses import batch_loss
 from common.mlp import StackedMLP, initial_weights, published_seeds
 from common.published import approximate_score
 from common.run import Outcome
-from common.statistics import difference, mean_std, verdict
-from teleport import apply_to_layers, leaky_relu, random_search, rescaling_action, teleport
+from common.statistics import compare as compared
+from common.statistics import family, mean_std, percent
+from teleport import apply_to_layers, leaky_relu, random_search, teleport
 
 CLAIM = Claim(
     order=100,
@@ -47,12 +52,17 @@ CLAIM = Claim(
     section="",
     says="Keeping the best of 1000 random group elements accelerates SGD.",
     short="the best of 1000 random elements helps",
-    rule="holds if the final training loss is below SGD's and below that of three controls, one random element, a "
-    "rescaling by one number and a tenfold learning rate; in part: below SGD's only.",
-    dated="2026-11-22",
+    rule="holds if from the teleport on the mean log training loss is better than SGD's and than that of three "
+    "controls, one random element, a rescaling by one number to the same gradient norm and a tenfold learning rate; in "
+    "part: than SGD's. Paired by seed; margin 1 %; Holm over the four.",
+    dated="2026-11-25",
     headline=True,
     source="An unofficial variant of the paper's",
 )
+
+BEFORE = "Under the rule of 2026-11-22 (final training loss): in part, all three controls did as well or better."
+# Printed by the notebook: accuracy on held-out images after an epoch; the teleport comes before epoch 5.
+PUBLISHED = {0: 0.3473, 4: 0.4025, 5: 0.5109, 10: 0.5323, 14: 0.5403}
 
 RATES = (Arm("baseline"), Arm("lr x3", rate=3.0), Arm("lr x10", rate=10.0))  # from the teleport epoch on
 MOVES = ("random", "published", "search", "search all", "ascent", "rescaling", "rescaling all")
@@ -205,9 +215,9 @@ def move(s, W, X, labels, seed):
 
     ascent = clocked("ascent", lambda: ascend(s, W, X, loss_fn, found))
     moved["ascent"], out["ascent_evaluations"], out["ascent_curve"] = ascent
-    moved["rescaling"] = rescale(W, [m], found, loss_fn)
+    moved["rescaling"] = rescale(W, [m], found, loss_fn, ACTIVATION)
     found_all = gradient_norm(moved["search all"], loss_fn)
-    moved["rescaling all"] = rescale(W, range(len(s.widths)), found_all, loss_fn)
+    moved["rescaling all"] = rescale(W, range(len(s.widths)), found_all, loss_fn, ACTIVATION)
     for arm, weights in moved.items():
         out |= pack(weights, f"{arm}/")
         out[f"{arm}/loss"] = torch.stack([loss_fn(W), loss_fn(weights)])
@@ -243,27 +253,7 @@ def ascend(s, W, X, loss_fn, target):
     return reached, evaluations, torch.stack(curve)
 
 
-def rescale(W, layers, target, loss_fn):
-    """Positive rescaling of hidden layers, one number below 1 for all their units, whose ‖∂L/∂W‖² is the target."""
-
-    def rescaled(log_scale):
-        elements = [None] * (len(W) - 1)
-        for m in layers:
-            elements[m] = torch.full_like(W[m][:, 0], log_scale).exp()
-            elements[m][-1] = 1  # the constant unit
-        return apply_to_layers(W, None, elements, rescaling_action, ACTIVATION)
-
-    low, high = -10.0, 0.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if gradient_norm(rescaled(middle), loss_fn) > target else (low, middle)
-    return rescaled(high)
-
-
 def compare(s, arrays):
-    def paired(arm, other, key="train_loss"):
-        return difference(arrays[f"{arm}/{key}"][:, -1], arrays[f"{other}/{key}"][:, -1])
-
     metrics = {}
     for arm in ARMS:
         whole, probe = (arrays[f"{arm}/{k}"] / arrays[f"baseline/{k}"] for k in ("whole_loss", "probe"))
@@ -271,8 +261,6 @@ def compare(s, arrays):
             "final_train_loss": arrays[f"{arm}/train_loss"][:, -1],
             "final_test_loss": arrays[f"{arm}/test_loss"][:, -1],
             "final_test_accuracy": arrays[f"{arm}/test_accuracy"][:, -1],
-            "train_loss_minus_baseline": paired(arm, "baseline"),
-            "train_loss_minus_search": paired(arm, "search"),
             "whole_loss_drift": whole - 1,
             "whole_gradient_growth": probe,
         }
@@ -296,30 +284,45 @@ CONTROLS = {
 }
 
 
+def effects(outcome):
+    """{(arm, other): Comparison} of the mean log training loss: the claim's family, then all others to the baseline."""
+    numbers = {arm: np.log(outcome.arrays[f"{arm}/train_loss"].astype(float)).mean(-1) for arm in ARMS}
+    found, claimed = {}, [("search", other) for other in ("baseline", *CONTROLS)]
+    for pairs in (claimed, [(arm, "baseline") for arm in ARMS[1:] if arm != "search"]):
+        each = family([compared(numbers[arm], numbers[other], relative=False) for arm, other in pairs])
+        found |= dict(zip(pairs, each))
+    return found
+
+
 def judge(outcome):
-    m = outcome.metrics
-    gain = verdict(m["search"]["train_loss_minus_baseline"]) == "better"
-    matched = [name for a, name in CONTROLS.items() if not m[a]["train_loss_minus_search"][1] > 0]
-    loss = {arm: mean(m[arm]["final_train_loss"]) for arm in ("baseline", "search", *CONTROLS)}
+    found = effects(outcome)
+    words = {other: found["search", other].word for other in ("baseline", *CONTROLS)}
+    gain, missed = words["baseline"] == "better", [name for other, name in CONTROLS.items() if words[other] != "better"]
+    said = ", ".join(f"{name} {change(found['search', other])}" for other, name in CONTROLS.items())
     sentence = (
-        f"Final training loss: SGD {loss['baseline']:.3f}, with the best of {m['gradient_evaluations']['search']} "
-        f"{loss['search']:.3f}; with {', '.join(f'{name} {loss[a]:.3f}' for a, name in CONTROLS.items())}."
+        f"Training loss after keeping the best of {outcome.metrics['gradient_evaluations']['search']}, against SGD's "
+        f"{change(found['search', 'baseline'])}; against {said}."
     )
-    limits = f"{listed(matched, ' and ')} do{'es' if len(matched) == 1 else ''} as well or better"
-    number = f"{loss['search']:.3f}; one random element {loss['random']:.3f}"
-    return Verdict(grade(gain and not matched, gain), limits if gain else "no faster", sentence, [*details(m)], number)
+    word = "undecided" if words["baseline"] == "undecided" else grade(gain and not missed, gain)
+    limits = f"not better than {listed(missed, ' and ')}" if gain else "no better than SGD"
+    number = f"{percent((one := found['search', 'random']).effect):+.1f} % against one random element ({one.word})"
+    return Verdict(word, limits, sentence, [BEFORE, *details(outcome, found)], number, list(printed(outcome)))
 
 
-def details(m):
-    for arm in ARMS[1:]:
-        change = m[arm]["train_loss_minus_baseline"]
-        yield f"{arm}: final training loss minus SGD's {interval(change)} ({verdict(change)})."
-    cost = m["gradient_evaluations"]
-    yield (
-        f"Gradient ascent reaches the norm that sampling finds in {min(cost['ascent'])} to {max(cost['ascent'])} "
-        f"gradient evaluations instead of {cost['search']}; the loss that follows is "
-        f"{interval(m['ascent']['train_loss_minus_search'], 3)} above sampling's."
-    )
+def details(outcome, found):
+    others = (f"{arm} {change(found[arm, 'baseline'])}" for arm in ARMS[1:] if arm != "search")
+    yield f"Training loss against SGD's, {len(outcome.seeds)} runs: {'; '.join(others)}."
+    n, cost = outcome.metrics["gradient_evaluations"].values()
+    yield f"Gradient ascent finds the norm that sampling finds in {min(cost)} to {max(cost)} evaluations, not {n}."
+
+
+def printed(outcome):
+    """The notebook's accuracies, which have no control, beside those of the arm that selects as it does."""
+    first, setting = outcome.settings.teleport_epoch, "one softmax, no activation on the output; the test set"
+    for epoch, value in PUBLISHED.items():
+        if first <= epoch < outcome.settings.epochs:
+            ours = float(outcome.arrays["published/test_accuracy"][:, epoch - first].mean())
+            yield Published(f"accuracy after epoch {epoch}", value, ours, "the notebook, printed", setting)
 
 
 def plot(outcome, s, save):
@@ -369,30 +372,27 @@ def plot_cost(outcome, s):
 
 
 def report(outcome, s):
-    rows = []
+    rows, found = [], effects(outcome)
     for arm in ARMS:
         m = outcome.metrics[arm]
-        against = [interval(m["train_loss_minus_baseline"], 3), verdict(m["train_loss_minus_baseline"])]
         teleported = [""] * 4
         if arm in MOVES:
             growth, whole, drift = (np.array(m[k]) for k in ("growth", "whole_gradient_growth", "whole_loss_drift"))
             drift = f"{np.abs(drift).max():.1e}"
             teleported = [f"×{growth.mean():.1f}", f"×{whole.mean():.1f}", f"{m['largest_relative_drift']:.0e}", drift]
-        against = against if arm != "baseline" else ["", ""]
+        against = change(found[arm, "baseline"]) if arm != "baseline" else ""
         accuracy = f"{100 * np.mean(m['final_test_accuracy']):.1f} %"
-        rows.append([arm, *teleported, mean_std(m["final_train_loss"]), *against, accuracy])
+        rows.append([arm, *teleported, mean_std(m["final_train_loss"]), against, accuracy])
     header = ["", "‖∂L/∂W‖², batch", "other samples", "drift, batch", "training set", "final training loss"]
-    header += ["minus baseline [95 %]", "", "test accuracy"]
+    header += ["mean log loss against baseline's [95 %]", "test accuracy"]
     m, cost = outcome.metrics, ", ".join(str(int(n)) for n in outcome.metrics["gradient_evaluations"]["ascent"])
     seconds = {k: np.mean(outcome.timings[f"{k}_seconds"]) for k in ("search", "ascent")}
-    others = (interval(m[arm]["train_loss_minus_search"], 3) for arm in ("random", "ascent", "rescaling"))
     at_equal_cost = np.divide(m["ascent_at_equal_cost"], np.array(m["ascent"]["squared_gradient_norm"])[:, 0])
     return (
         table(header, rows)
         + f"\n\nGradient evaluations to the norm that search finds with {s.candidates}: ascent {cost}"
         + f"\nGrowth of ‖∂L/∂W‖² within as many: ascent ×{at_equal_cost.min():.0f} or more"
         + f"\nSeconds a run: search {seconds['search']:.2f}, the whole ascent {seconds['ascent']:.2f}"
-        + "\nFinal training loss minus search's: random {}, ascent {}, rescaling {}".format(*others)
     )
 
 

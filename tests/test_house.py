@@ -26,7 +26,6 @@ KNOWN = {
     ],
     "judges outside 8 to 15 lines": [
         "gradient-flow-symmetry/adversarial_cifar.py",
-        "learn-to-teleport/multi_layer_regression.py",
         "symmetry-teleportation/multi_layer_regression.py",
         "teleport_optimization.py",
     ],

@@ -43,31 +43,6 @@ def test_verdict_on_figures_5_and_13():
     assert word() == "holds in part"
 
 
-def test_verdict_on_figure_6():
-    results, word = judged("learn-to-teleport/multi_layer_regression.py")
-    metrics = results[0].metrics
-    for arm in ("LSTM(lr, teleport)", "LSTM(update, teleport)"):
-        metrics[arm].update(verdict="better", ratio_to_no_element=(0.5, 0.4, 0.6))
-    assert word() == "holds"
-    metrics[arm].update(ratio_to_no_element=(0.99, 0.9, 1.01))
-    assert word() == "holds in part"
-    for arm in ("LSTM(lr, teleport)", "LSTM(update, teleport)"):
-        metrics[arm].update(verdict="worse")
-    assert word() == "does not hold"
-
-
-def test_verdict_on_sampling():
-    results, word = judged("symmetry-teleportation/random_search.py")
-    metrics = results[0].metrics
-    for arm in ("random", "rescaling", "lr x10"):
-        metrics[arm]["train_loss_minus_search"] = (0.1, 0.05, 0.2)
-    assert word() == "holds"
-    metrics["rescaling"]["train_loss_minus_search"] = (0.1, -0.05, 0.2)  # as good
-    assert word() == "holds in part"
-    metrics["search"]["train_loss_minus_baseline"] = (0.1, -0.05, 0.2)
-    assert word() == "does not hold"
-
-
 def leaves(value, path=()):
     """Paths to all the numbers in nested dicts and lists."""
     if isinstance(value, dict | list):

@@ -48,7 +48,12 @@ def test_a_best_that_is_never_inside_is_given_up():
     tuned = tune(lambda which, factors: -np.log(factors)[..., None].repeat(2, -1), 2)
     assert not tuned.interior.any() and tuned.factors[-1] == pytest.approx(2500)
     down = tune(lambda which, factors: np.log(factors)[..., None].repeat(2, -1), 1, bound=5)
-    assert not down.interior.any() and down.factors[0] == pytest.approx(rung(-5))
+    assert not down.interior.any() and down.factors[0] == pytest.approx(rung(-6))
+
+
+def test_arms_at_both_edges_try_as_many_factors():
+    tuned = tune(planted([100, 1e-3]), 2, grid=(1, 3))
+    assert tuned.tried.shape[0] == 2 and not tuned.interior[1]
 
 
 def test_a_factor_at_which_a_run_diverged_never_wins_and_counts_as_an_edge():

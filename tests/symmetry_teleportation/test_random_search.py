@@ -162,7 +162,7 @@ def test_ascent_and_rescaling_stop_at_the_target(biased):
     assert evaluations == sampling.COST * steps + sampling.BISECTIONS and len(curve) == 61
     close(loss_fn(climbed), loss_fn(weights))
     for layers in ([0], [1], [0, 1]):
-        rescaled = sampling.rescale(weights, layers, 5 * start, loss_fn)
+        rescaled = sampling.rescale(weights, layers, 5 * start, loss_fn, sampling.ACTIVATION)
         close(sampling.gradient_norm(rescaled, loss_fn) / start, 5.0, 1e-6)
         assert all(torch.equal(R[-1], W[-1]) for R, W in zip(rescaled[:-1], weights))  # the constants
         other = torch.cat([normal(9, 9, 20), torch.ones(1, 20)])

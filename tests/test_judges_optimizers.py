@@ -1,0 +1,103 @@
+"""Judges of the comparisons of optimizers, fed with arrays whose truth was planted: an effect, none, too few runs."""
+
+import numpy as np
+import pytest
+from conftest import load_script
+
+from common.run import Outcome
+
+learning = load_script("learn-to-teleport/multi_layer_regression.py")
+classification = load_script("symmetry-teleportation/mnist_classification.py")
+sampling = load_script("symmetry-teleportation/random_search.py")
+
+
+def curves(effects, arms, n, sd):
+    """Losses (n, 5) of arms whose logarithms share the runs' own part and differ by effects."""
+    generator = np.random.default_rng(2)
+    shared = 0.3 * generator.normal(size=n)
+    noise = sd * generator.normal(size=(len(arms), n))
+    return {arm: np.exp(shared + noise[a] + effects.get(arm, 0))[:, None].repeat(5, 1) for a, arm in enumerate(arms)}
+
+
+WORSE = {"baseline": 0.2, "random": 0.1, "rescaling": 0.1, "lr x10": 0.1}
+
+
+@pytest.mark.parametrize(
+    "effects, n, sd, word, limits",
+    [
+        (WORSE, 10, 0.01, "holds", ""),
+        (WORSE | {"random": 0.0}, 10, 0.005, "holds in part", "not better than one random element"),
+        (WORSE | {"lr x10": -0.1}, 10, 0.01, "holds in part", "not better than a tenfold learning rate"),
+        ({}, 20, 0.005, "does not hold", "no better than SGD"),
+        ({"baseline": -0.1}, 20, 0.01, "does not hold", "no better than SGD"),
+        ({}, 4, 0.1, "undecided", "no better than SGD"),
+    ],
+)
+def test_sampling(effects, n, sd, word, limits):
+    arrays = {f"{arm}/train_loss": loss for arm, loss in curves(effects, sampling.ARMS, n, sd).items()}
+    arrays["published/test_accuracy"] = np.full((n, 35), 0.5)
+    metrics = {"gradient_evaluations": {"search": 1000, "ascent": [90, 100]}}
+    verdict = sampling.judge(Outcome(metrics, arrays, list(range(n)), settings=sampling.PRESETS["paper"]))
+    assert verdict.word == word and (verdict.limits == limits or word == "holds")
+    assert [row.published for row in verdict.published] == [0.5109, 0.5323, 0.5403]
+
+
+SLOW = {"baseline": 0.1, "lr x3": 0.1}
+
+
+@pytest.mark.parametrize(
+    "narrow, wide, n, sd, word",
+    [
+        (SLOW, SLOW, 10, 0.01, "holds"),
+        (SLOW | {"lr x3": -0.1}, SLOW, 10, 0.01, "holds in part"),
+        (SLOW, {}, 20, 0.005, "holds in part"),
+        ({}, {}, 20, 0.005, "does not hold"),
+        ({}, {}, 4, 0.1, "undecided"),
+    ],
+)
+def test_classification(narrow, wide, n, sd, word):
+    arrays, drift = {}, {"largest_relative_drift": 0.0, "whole_loss_drift": np.zeros(n)}
+    for case, effects in (("narrow_SGD", narrow), ("wide_SGD", wide)):
+        losses = curves(effects, classification.ARMS, n, sd)
+        arrays[f"{case}/train_loss"] = np.stack([losses[arm] for arm in classification.ARMS])
+    metrics = {case: dict.fromkeys(classification.ARMS, drift) for case in ("narrow_SGD", "wide_SGD")}
+    verdict = classification.judge(Outcome(metrics, arrays, list(range(n)), label="MNIST"))
+    assert verdict.word == word
+    if word == "holds in part":
+        assert "threefold" in verdict.limits and verdict.limits.startswith(
+            "narrow SGD" if not wide else "narrow SGD, wide"
+        )
+
+
+@pytest.mark.parametrize(
+    "lr, update, meta_seeds, sd, word",
+    [
+        ((-0.5, -0.5), (-0.5, -0.5), 20, 0.02, "holds"),  # (with the teleport, without), log ratio to GD
+        ((-0.5, -0.3), (0.0, 0.0), 20, 0.005, "holds in part"),
+        ((0.0, 0.0), (0.3, 0.0), 20, 0.005, "does not hold"),
+        ((-0.5, -0.5), (-0.5, -0.5), 20, 0.002, "does not hold"),  # nothing is the teleport's
+        ((-0.5, -0.3), (-0.5, -0.3), 1, 0.02, "undecided"),  # one meta-training
+    ],
+)
+def test_figure_6(lr, update, meta_seeds, sd, word):
+    generator, arrays = np.random.default_rng(3), {}
+    effects = {
+        "LSTM(lr, teleport)": lr[0],
+        "LSTM(lr)": lr[1],
+        "LSTM(update, teleport)": update[0],
+        "LSTM(update)": update[1],
+    }
+    if word == "holds":
+        effects |= {"LSTM(lr)": lr[1] + 0.1, "LSTM(update)": update[1] + 0.1}
+    names = {key: [name for k, _, name in learning.arms() if k == key] for key, _, _ in learning.arms()}
+    for key, arms in names.items():
+        count = 1 if key == "gd" else meta_seeds
+        logs = np.array([effects.get(arm, 0.0) for arm in arms])[:, None] + (key != "gd") * sd * generator.normal(
+            size=(len(arms), count)
+        )
+        arrays[f"{key}/loss"] = np.exp(logs)[..., None, None].repeat(6, 2).repeat(31, 3)
+        arrays |= {f"{key}/chosen": np.zeros(len(arms), int), f"{key}/drift": np.zeros((len(arms), count, 30))}
+    arrays["gd/rate"] = np.ones((3, 1, 30))
+    settings = learning.PRESETS["paper"]
+    outcome = Outcome(learning.compare(settings, arrays), arrays, settings=settings)
+    assert learning.judge(outcome).word == word
