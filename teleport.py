@@ -70,7 +70,8 @@ IDENTITY = Activation("identity", lambda z: z, torch.ones_like, lambda y: y, Tru
 def forward(weights: Weights, x: Tensor, activation: Activation) -> Tensor:
     """The network's output W_L h_{L-1}, (*E, d_L, n); weights W_m (*E, d_m, d_{m-1}), x (d_0, n) or (*E, d_0, n).
 
-    Raises ValueError for fewer than two matrices, shapes that do not chain, no samples, values that are not finite.
+    Raises ValueError for fewer than two matrices, shapes that do not chain, no samples, values that are not finite,
+    tensors that are not of one floating-point dtype on one device.
     """
     return weights[-1] @ hidden_layers(weights, x, activation)[-1]
 
@@ -94,7 +95,8 @@ def preactivation_action(U: Tensor, V: Tensor, h: Tensor, g: Tensor, activation:
     U (*E, d_{m+1}, d_m), V (*E, d_m, d_{m-1}), h (*E, d_{m-1}, n) or (d_{m-1}, n) the input of V, g (*E, d_m, d_m) or
     (d_m, d_m). Returns (U', V'). The output U'σ(V'h) = Uσ(Vh) exactly if σ(gVh) has full column rank (so n ≤ d_m);
     otherwise U' is the least-squares solution nearest to U. At full row rank U' is the published Uσ(Vh) σ(gVh)^+.
-    Raises ValueError for shapes that do not chain, a singular g, values that are not finite.
+    Raises ValueError for shapes that do not chain, a singular g, values that are not finite, tensors that are not of
+    one floating-point dtype on one device.
     """
     _check_pair(U, V, h, g)
     z = V @ h
@@ -116,7 +118,8 @@ def postactivation_action(U: Tensor, V: Tensor, h: Tensor, g: Tensor, activation
     target = activation.inverse(g @ activation.f(z))
     _require(target.isfinite().all(), f"g: g σ(Vh) leaves the range of {activation.name}")
     batch = torch.broadcast_shapes(g.shape[:-2], U.shape[:-2])  # else solve may take U for a stack of vectors
-    return torch.linalg.solve(g, U.expand(*batch, *U.shape[-2:]), left=False), V + _times_pinv(target - z, h)
+    moved = torch.linalg.solve(_single(g), _single(U).expand(*batch, *U.shape[-2:]), left=False)
+    return moved.to(U.dtype), V + _times_pinv(target - z, h)
 
 
 def rescaling_action(U: Tensor, V: Tensor, s: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
@@ -128,9 +131,11 @@ def rescaling_action(U: Tensor, V: Tensor, s: Tensor, activation: Activation) ->
     """
     if not activation.homogeneous:
         raise ValueError(f"activation {activation.name} is not positively homogeneous, which rescaling needs")
-    if U.shape[-1] != V.shape[-2] or s.shape[-1:] != V.shape[-2:-1]:
+    _check_alike(U=U, V=V, s=s)
+    if min(U.ndim, V.ndim) < 2 or U.shape[-1] != V.shape[-2] or s.shape[-1:] != V.shape[-2:-1]:
         raise ValueError(f"shapes do not chain: U {_shape(U)}, V {_shape(V)}, s {_shape(s)}")
     _require(((s > 0) & s.isfinite()).all(), "s must be positive and finite")
+    _check_broadcast(U=U.shape[:-2], V=V.shape[:-2], s=s.shape[:-1])
     _check_finite(U=U, V=V)
     return U / s.unsqueeze(-2), V * s.unsqueeze(-1)
 
@@ -150,7 +155,7 @@ def apply_to_layers(
     """
     if x is None and action is not rescaling_action:
         raise ValueError("x: only rescaling_action does without")
-    _check_network(weights, x)
+    _check_network(weights, *(() if x is None else (x,)))
     if len(elements) != len(weights) - 1:
         raise ValueError(f"elements: {len(elements)} given, the network has {len(weights) - 1} hidden layers")
     weights, h = list(weights), x
@@ -173,11 +178,18 @@ def squared_gradient_norm(weights: Weights, loss_fn: Loss) -> Tensor:
     weights: any number of (*E, d_m, d_{m-1}); loss_fn(weights) -> E. The derivative is taken with respect to these
     weights as independent variables, even when they were computed from one another (later layers of a transformed
     network depend on earlier ones through the hidden layers). NaN for members that have diverged. Raises ValueError
-    where there are no weights.
+    where there are no weights, or the loss is no tensor.
     """
     if not len(weights):
         raise ValueError("weights: none given")
-    gradients = torch.func.grad(lambda w: loss_fn(w).sum())(tuple(weights))
+    _check_alike(**_named(weights))
+
+    def total(w: Weights) -> Tensor:
+        losses = loss_fn(w)
+        _check_alike(loss_fn=losses)
+        return losses.sum()
+
+    gradients = torch.func.grad(total)(tuple(weights))
     return sum(torch.linalg.vector_norm(g, dim=(-2, -1)).square() for g in gradients)
 
 
@@ -192,18 +204,21 @@ def sharpness(
     that is not positive, values that are not finite.
     """
     _check_network(weights)
-    P = sum(W.shape[-2:].numel() for W in weights)
+    P, E = sum(W.shape[-2:].numel() for W in weights), torch.broadcast_shapes(*(W.shape[:-2] for W in weights))
     if directions.ndim != 2 or directions.shape[1] != P or radii.shape != directions.shape[:1] or not len(radii):
         raise ValueError(f"directions {_shape(directions)} and radii {_shape(radii)} must be (k, {P}) and (k,), k > 0")
     if chunk_size is not None:
         _check_count("chunk_size", chunk_size)
+    _check_alike(directions=directions)
+    if {directions.device, radii.device} != {weights[0].device}:
+        raise ValueError(f"directions and radii must be on the weights' device, {weights[0].device}")
     norms = directions.norm(dim=1)
     _require((norms > 0).all() & norms.isfinite().all(), "directions: each must be finite and not zero")
     _require((radii.isfinite() & (radii > 0)).all(), "radii must be finite and positive")
     steps = _split(directions * (radii / norms).unsqueeze(1), weights)
 
     def perturbed(step: Weights) -> Tensor:
-        return loss_fn(tuple(W + D for W, D in zip(weights, step)))
+        return _check_members("loss_fn", loss_fn(tuple(W + D for W, D in zip(weights, step))), E)
 
     return torch.func.vmap(perturbed, chunk_size=chunk_size)(steps).mean(0)
 
@@ -244,8 +259,12 @@ def curve_curvature(
     where the curve of a member stands still (κ is undefined).
     """
     _check_pair(U, V, h, M, "M", invertible=False)
+    if M.dtype.itemsize < 4:  # see `_single`
+        half = curve_curvature(U.float(), V.float(), h.float(), M.float(), activation, t)
+        return half[0].to(M.dtype), half[1].to(M.dtype)
     t = torch.as_tensor(t, dtype=M.dtype, device=M.device)
     _require(t.isfinite().all(), "t must be finite")
+    _check_broadcast(t=t.shape, **{name: a.shape[:-2] for name, a in dict(U=U, V=V, h=h, M=M).items()})
     a, b, c = _action_curve(U, V, h, M, activation, t)
     speed = _inner(a, a)
     _require((speed > 0).all(), "M: γ' = 0, the curve stands still and has no curvature")
@@ -565,7 +584,7 @@ def _act(
         if retraction == "first_order":
             g = g + T
         else:
-            g = T.exp() if action is rescaling_action else torch.linalg.matrix_exp(T)
+            g = T.exp() if action is rescaling_action else torch.linalg.matrix_exp(_single(T)).to(T.dtype)
         elements.append(g if bound is None else (total * g).clamp(1 / bound, bound) / total)
     moved = apply_to_layers(weights, x, elements, action, activation)
     moving = step != 0
@@ -632,6 +651,8 @@ def _times_pinv(B: Tensor, A: Tensor, coordinates: bool = False) -> Tensor:
     QR's error grows with the condition number, not with its square as the normal equations' does. coordinates=True: if
     k > n, the result may be B R^-1 (*E, r, n), its rows in the orthonormal basis Q of A = QR, which is never formed.
     """
+    if A.dtype.itemsize < 4:
+        return _times_pinv(_single(B), _single(A), coordinates).to(A.dtype)
     k, n = A.shape[-2:]
     wide = k <= n
     Q, R = torch.linalg.qr(A.mT if wide else A, mode="r" if coordinates and not wide else "reduced")
@@ -642,6 +663,11 @@ def _times_pinv(B: Tensor, A: Tensor, coordinates: bool = False) -> Tensor:
         B = torch.linalg.solve_triangular(R, rows, upper=True, left=False).reshape(B.shape)
         return B if coordinates else B @ Q.mT  # A = QR, A^+ = R^-1 Q^T
     return B @ torch.linalg.pinv(A)
+
+
+def _single(tensor: Tensor) -> Tensor:
+    """Half precision in single precision: torch's linear algebra knows no other."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 def _full_rank(R: Tensor, size: int) -> bool:
@@ -680,9 +706,33 @@ def _require(condition: Tensor | bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_finite(**tensors: Tensor | None) -> None:
+def _check_alike(**tensors: Tensor) -> None:
+    """All are tensors of one floating-point dtype on one device."""
+    first = None
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"{name} must be a tensor of a floating-point dtype, got {got}")
+        kind = t.dtype, t.device
+        first = first or (name, kind)
+        if kind != first[1]:
+            raise ValueError(
+                f"{name} is {kind[0]} on {kind[1]}, {first[0]} {first[1][0]} on {first[1][1]}: the same dtype and the "
+                "same device are needed"
+            )
+
+
+def _check_broadcast(**members: torch.Size) -> None:
+    try:
+        torch.broadcast_shapes(*members.values())
+    except RuntimeError:
+        found = ", ".join(f"{name} {tuple(E)}" for name, E in members.items())
+        raise ValueError(f"ensemble shapes do not fit: {found}") from None
+
+
+def _check_finite(**tensors: Tensor) -> None:
     """A sum is not finite if one of its terms is not: that is quick to see, and only then is the culprit looked for."""
-    tensors = {name: t.detach() for name, t in tensors.items() if t is not None}
+    tensors = {name: t.detach() for name, t in tensors.items()}
     try:
         if sum(t.sum() for t in tensors.values()).isfinite():
             return
@@ -692,18 +742,29 @@ def _check_finite(**tensors: Tensor | None) -> None:
         _require(t.isfinite().all(), f"{name} has values that are not finite")
 
 
-def _check_network(weights: Weights, x: Tensor | None = None) -> None:
+def _named(weights: Weights) -> dict[str, Tensor]:
+    return {f"weights: W_{m}": W for m, W in enumerate(weights, start=1)}
+
+
+def _check_network(weights: Weights, *batch: Tensor) -> None:
+    """The weights and, where there is one, the batch x are in order."""
     if len(weights) < 2:
         raise ValueError(f"weights: a network with a hidden layer needs at least two matrices, got {len(weights)}")
+    named = _named(weights) | dict(zip("x", batch))
+    _check_alike(**named)
     for m, (V, U) in enumerate(zip(weights, weights[1:]), start=1):
         if V.ndim < 2 or U.ndim < 2 or U.shape[-1] != V.shape[-2]:
             raise ValueError(f"weights: W_{m} {_shape(V)} and W_{m + 1} {_shape(U)} do not chain")
-    if x is not None:
+    for name, W in _named(weights).items():
+        if 0 in W.shape[-2:]:
+            raise ValueError(f"{name} {_shape(W)} is empty")
+    for x in batch:
         if x.ndim < 2 or x.shape[-2] != weights[0].shape[-1]:
             raise ValueError(f"x {_shape(x)} does not fit W_1 {_shape(weights[0])}: columns are samples")
         if not x.shape[-1]:
             raise ValueError("x has no samples")
-    _check_finite(x=x, **{f"weights: W_{m}": W for m, W in enumerate(weights, start=1)})
+    _check_broadcast(**{name: t.shape[:-2] for name, t in named.items()})
+    _check_finite(**named)
 
 
 def _check_positive(name: str, number: float) -> None:
@@ -742,6 +803,8 @@ def _check_ensemble(weights: Weights, x: Tensor) -> torch.Size:
     E = weights[0].shape[:-2]
     if any(W.shape[:-2] != E for W in weights):
         raise ValueError(f"weights: the ensemble shapes differ: {', '.join(_shape(W) for W in weights)}")
+    if torch.broadcast_shapes(E, x.shape[:-2]) != E:
+        raise ValueError(f"x {_shape(x)} is for more members than the weights have, {tuple(E)}")
     return E
 
 
@@ -765,16 +828,20 @@ def _per_member(name: str, value: float | Tensor, like: Tensor, E: torch.Size, z
 
 
 def _check_pair(U: Tensor, V: Tensor, h: Tensor, g: Tensor, name: str = "g", invertible: bool = True) -> None:
-    d = V.shape[-2]
-    if U.shape[-1] != d or h.shape[-2] != V.shape[-1]:
+    _check_alike(U=U, V=V, h=h, **{name: g})
+    if min(U.ndim, V.ndim, h.ndim) < 2 or U.shape[-1] != V.shape[-2] or h.shape[-2] != V.shape[-1]:
         raise ValueError(f"shapes do not chain: U {_shape(U)}, V {_shape(V)}, h {_shape(h)}")
     if not h.shape[-1]:
         raise ValueError("h has no samples")
+    d = V.shape[-2]
     if g.shape[-2:] != (d, d):
         raise ValueError(f"{name} is {_shape(g)}, expected {d}×{d} for V {_shape(V)}")
+    if 0 in (*U.shape[-2:], *V.shape[-2:]):
+        raise ValueError(f"U {_shape(U)} or V {_shape(V)} is empty")
+    _check_broadcast(**{key: t.shape[:-2] for key, t in {"U": U, "V": V, "h": h, name: g}.items()})
     _check_finite(U=U, V=V, h=h, **{name: g})
     if invertible:
-        _check_invertible(g.detach(), name)
+        _check_invertible(_single(g.detach()), name)
 
 
 def _check_invertible(g: Tensor, name: str) -> None:

@@ -11,8 +11,11 @@ from teleport import Activation
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy over samples, in nats: logits (*E, C, n), labels (n,) or (*E, n) of class indices -> (*E,).
 
-    Raises torch's RuntimeError for shapes that do not fit and for a class that is not among the C.
+    Raises ValueError where samples and labels differ in number, torch's RuntimeError for other shapes that do not fit
+    and for a class that is not among the C.
     """
+    if labels.shape[-1:] != logits.shape[-1:]:  # torch gathers as many as there are labels
+        raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}: one for each column")
     log_p = log_softmax(logits, -2)
     index = labels.unsqueeze(-2).expand(*log_p.shape[:-2], 1, -1)
     return -log_p.gather(-2, index).mean((-2, -1))

@@ -46,7 +46,8 @@ class StackedMLP:
 
     optimizer: SGD, momentum (0.9), AdaGrad, RMSprop or Adam, with PyTorch's formulas and defaults. slope: the leaky
     ReLU's, in [0, 1]. dtype and device are the weights'. Raises ValueError for another optimizer, weights that do not
-    chain, an lr that is not positive and finite, a slope outside [0, 1]. Members that have diverged stay NaN.
+    chain or are not alike, an lr that is not positive and finite, a slope outside [0, 1]; every method does for a batch
+    of other shapes. Members that have diverged stay NaN.
     """
 
     def __init__(
@@ -89,8 +90,9 @@ class StackedMLP:
 
         x (n, d_0), y (n,). Raises ValueError where n or batch_size is not positive.
         """
-        if not len(x) or batch_size < 1:
-            raise ValueError(f"x and batch_size must not be empty, got {len(x)} samples and {batch_size}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}")
+        self._check_batch(x, y)
         total = torch.zeros_like(self.lr)
         for i, start in enumerate(range(0, len(x), batch_size)):
             if before_step is not None:
@@ -123,8 +125,9 @@ class StackedMLP:
 
     def evaluate(self, x: Tensor, y: Tensor, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
         """Mean loss and accuracy (in [0, 1]) on x (n, d_0), y (n,): two tensors (E,). ValueError for no samples."""
-        if not len(x):
-            raise ValueError("x has no samples")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}")
+        self._check_batch(x, y)
         loss, correct = torch.zeros_like(self.lr), torch.zeros_like(self.lr)
         for batch, labels in zip(x.split(batch_size), y.split(batch_size)):
             h = _times_shared(self.weights[0], batch)
@@ -157,8 +160,17 @@ class StackedMLP:
             for buffer in state:
                 buffer[members] = 0
 
+    def _check_batch(self, x: Tensor, y: Tensor) -> None:
+        """Too few labels would go through: torch gathers as many as there are."""
+        width = self.weights[0].shape[2]
+        if x.ndim != 2 or x.shape[1] != width or y.shape != x.shape[:1]:
+            raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} must be (n, {width}) and (n,)")
+        if not len(x):
+            raise ValueError("x has no samples")
+
     def _forward(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Hidden layers [X as rows, h_1, …], ∂L/∂logits (E, C, n) and the losses (E,)."""
+        self._check_batch(x, y)
         h = [x]
         z = _times_shared(self.weights[0], x)
         for W in self.weights[1:]:
@@ -181,7 +193,12 @@ def _check(weights: Sequence[Tensor], optimizer: str, lr: float | Tensor, slope:
         or any(V[0] != U[0] or V[1] != U[2] for V, U in zip(shapes, shapes[1:]))
     ):
         raise ValueError(f"weights must be (E, d_m, d_{{m-1}}) matrices that chain, got {shapes}")
+    kinds = {(W.dtype, W.device) for W in weights}
+    if len(kinds) > 1 or not weights[0].is_floating_point():
+        raise ValueError(f"weights must have one floating-point dtype and one device, got {kinds}")
     rates = torch.as_tensor(lr, device=weights[0].device)
+    if rates.shape not in ((), (shapes[0][0],)):
+        raise ValueError(f"lr must be a number or one per member, ({shapes[0][0]},), got {tuple(rates.shape)}")
     if not ((rates > 0) & rates.isfinite()).all():
         raise ValueError("lr must be positive and finite")
     if not 0 <= slope <= 1:

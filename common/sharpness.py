@@ -50,10 +50,12 @@ class Sharpness:
         self.steps = [(D * scale[:, None]).unflatten(1, (o, -1)) for D, o in zip(rest, dims[2:])]  # D_j behind layer 1
 
     def __call__(self, weights: Sequence[Tensor]) -> Tensor:
-        """φ at the weights, W_m (*E, d_m, d_{m-1}): shape E. Raises ValueError for weights that are not of `dims`."""
+        """φ at the weights, W_m (*E, d_m, d_{m-1}): shape E. ValueError for weights not of `dims` or unlike x."""
         needed = [self.products.shape[1:2] + self.x.shape[:1], *(D.shape[1:] for D in self.steps)]
         if [W.shape[-2:] for W in weights] != needed:
             raise ValueError(f"weights are {[tuple(W.shape) for W in weights]}: dims need {[tuple(n) for n in needed]}")
+        if len({W.shape[:-2] for W in weights}) > 1 or {(W.dtype, W.device) for W in weights} != {_kind(self.x)}:
+            raise ValueError(f"weights must share their ensemble shape, and dtype and device of x, {_kind(self.x)}")
         return _Perturbed.apply(self, *weights)
 
     def value_and_gradient(self, weights: Sequence[Tensor], want_gradient: bool) -> tuple[Tensor, list[Tensor]]:
@@ -83,6 +85,10 @@ class Sharpness:
         return total / (n * k), [G.div_(n * k) for G in gradients]
 
 
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device
+
+
 def _check(x: Tensor, labels: Tensor, directions: Tensor, radii: Tensor, d_0: int, P: int, chunk: int | None) -> Tensor:
     """The directions' norms, (k,), once everything is found in order."""
     k, n = len(directions), x.shape[-1]
@@ -90,6 +96,12 @@ def _check(x: Tensor, labels: Tensor, directions: Tensor, radii: Tensor, d_0: in
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, labels, directions, radii))
         needed = f"({d_0}, n), (n,), (k, {P}), (k,)"
         raise ValueError(f"x, labels, directions, radii are {shapes}: dims need {needed}, k and n not 0")
+    if not x.is_floating_point() or _kind(directions) != _kind(x) or {labels.device, radii.device} != {x.device}:
+        raise ValueError("x and directions must have one floating-point dtype, all tensors one device")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be class indices, int64, got {labels.dtype}")
+    if not x.isfinite().all():
+        raise ValueError("x has values that are not finite")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be positive, got {chunk}")
     norms = torch.linalg.vector_norm(directions, dim=1)

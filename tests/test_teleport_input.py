@@ -195,3 +195,79 @@ def test_a_candidate_that_overflows_loses():
     best = search(weights, x, y, objective=objective, draw=draw, layers=[0])
     torch.testing.assert_close(best.objective_after, torch.full((2,), 4.0, dtype=x.dtype))
     assert best.moved.all()
+
+
+# ------------------------------------------------------------------------------------------- tensors of another kind
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_tensors_that_are_not_alike_are_named(action):
+    """Another dtype, integers, no tensors, another device, nothing at all: errors of torch's or of Python's before."""
+    weights, (x, y) = network(9, DIMS), data(9, 8, 5, 4)
+    for wrong, message in (
+        (x.float(), "x is torch.float32 on cpu, weights: W_1 torch.float64 on cpu: the same dtype"),
+        (x.to("meta"), "x is torch.float64 on meta.*same device"),
+        (x.long(), "x must be a tensor of a floating-point dtype, got torch.int64"),
+        (x.numpy(), "x must be .* got ndarray"),
+        (None, "x must be .* got NoneType"),
+    ):
+        for run in (ascend, search):
+            bad(message, run, weights, wrong, y, action=action)
+        bad(message, forward, weights, wrong, LEAKY)
+    for wrong in (weights[1].float(), weights[1].to("meta"), weights[1].long(), weights[1].to(torch.complex64), None):
+        bad("weights: W_2 (is|must be)", ascend, (weights[0], wrong, weights[2]), x, y, action=action)
+    V, U, h = weights[0], weights[1], () if action is rescaling_action else (x,)
+    g = torch.ones(6, dtype=x.dtype) if action is rescaling_action else torch.eye(6, dtype=x.dtype)
+    for wrong in (g.float(), g.to("meta"), g.long(), [1.0]):
+        bad("^[gs] (is|must be)", action, U, V, *h, wrong, LEAKY)
+    bad("U (is|must be)|same", action, U.float(), V, *h, g, LEAKY)
+    bad("do not chain", action, U, V[0], *h, g, LEAKY)
+    three = g.expand(3, *g.shape)
+    bad("ensemble shapes do not fit: .*[gs] \\(3,\\)", action, U.expand(2, 5, 6), V, *h, three, LEAKY)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_shapes_that_hold_nothing_or_too_many_are_named(action):
+    weights, (x, y) = network(10, DIMS, (2,)), data(10, 8, 5, 4)
+    bad(r"ensemble shapes do not fit: .*x \(3,\)", ascend, weights, x.expand(3, 8, 5), y, action=action)
+    one = tuple(W[0] for W in weights)
+    bad("x 3×8×5 is for more members", ascend, one, x.expand(3, 8, 5), y, action=action)
+    for dims, m in (((8, 0, 5, 4), 1), ((8, 6, 5, 0), 3)):
+        bad(f"W_{m} .* is empty", ascend, network(10, dims), x, y, action=action)
+    nobody = ascend(network(10, DIMS, (0,)), x, y, action=action)  # no members are as good as any number
+    assert nobody.moved.shape == (0,) and nobody.weights[0].shape == (0, 6, 8)
+
+
+def test_objectives_refuse_what_does_not_fit():
+    weights, (x, y) = network(11, DIMS, (2,)), data(11, 8, 5, 4)
+    directions, radii = torch.ones(3, 98, dtype=x.dtype), torch.ones(3, dtype=x.dtype)
+    bad("directions must be", perturbed, weights, x, y, directions.long(), radii)
+    bad("on the weights' device", perturbed, weights, x, y, directions, radii.to("meta"))
+    bad(r"loss_fn must return .* \(2,\), returned \(\)", sharpness, weights, lambda w: w[0].sum(), directions, radii)
+    bad("loss_fn must be", squared_gradient_norm, weights, lambda w: 1.0)
+    bad("W_1 must be", squared_gradient_norm, [W.long() for W in weights], losses(x, y))
+    M = torch.eye(6, dtype=x.dtype)
+    bad("ensemble shapes do not fit: t", curve_curvature, weights[1], weights[0], x, M, LEAKY, torch.zeros(3))
+    bad("M must be", curve_curvature, weights[1], weights[0], x, M.long(), LEAKY)
+    bad("lie_elements: M_1 is", curvature, weights, x, [M.float(), M[:5, :5]], LEAKY)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("action", ACTIONS)
+def test_half_precision_is_float64_rounded(action, dtype):
+    """torch's linear algebra refuses half precision, so that nothing but rescalings worked before."""
+    weights, (x, y) = network(12, DIMS, (2,), dtype), data(12, 8, 3, 4, dtype)
+    wide, eps = tuple(W.double() for W in weights), torch.finfo(dtype).eps
+    moved = [
+        ascend(w, x.to(w[0].dtype), y, action=action, lr=1e-3, steps=1, retraction=retraction)
+        for retraction in ("first_order", "exp")
+        for w in (weights, wide)
+    ]
+    for half, exact in (moved[:2], moved[2:]):
+        for W, V in zip(half.weights, exact.weights):
+            assert W.dtype == dtype and (W.double() - V).norm() <= 20 * eps * V.norm()
+    M = torch.eye(6, dtype=dtype) + torch.ones(6, 6, dtype=dtype).triu()
+    curves = [curve_curvature(w[1], w[0], x.to(w[0].dtype), M.to(w[0].dtype), LEAKY) for w in (weights, wide)]
+    for half, exact in zip(*curves):
+        assert half.dtype == dtype
+        torch.testing.assert_close(half.double(), exact, rtol=20 * eps, atol=0)

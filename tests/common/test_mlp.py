@@ -145,11 +145,31 @@ def test_what_does_not_fit_is_named():
         ("dims", lambda: initial_weights((12, 0, 3), [0])),
         ("seeds: none given", lambda: initial_weights(DIMS, [])),
         ("batch_size", lambda: StackedMLP(W).train_epoch(x, y, 0)),
-        ("x and batch_size must not be empty", lambda: StackedMLP(W).train_epoch(x[:0], y[:0], 8)),
+        ("batch_size", lambda: StackedMLP(W).evaluate(x, y, 0)),
+        ("x has no samples", lambda: StackedMLP(W).train_epoch(x[:0], y[:0], 8)),
         ("x has no samples", lambda: StackedMLP(W).evaluate(x[:0], y[:0])),
+        ("lr must be a number or one per member", lambda: StackedMLP(W, lr=torch.ones(2))),
+        ("one floating-point dtype", lambda: StackedMLP((W[0].float(), *W[1:]))),
+        ("one floating-point dtype", lambda: StackedMLP((W[0].to("meta"), *W[1:]))),
+        ("one floating-point dtype", lambda: StackedMLP([w.long() for w in W])),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_each_sample_has_its_label():
+    """Fewer went through before: the samples without one were trained away from every class."""
+    W, (x, y) = weights(), batches(1)
+    net = StackedMLP(W)
+    for labels in (y[:-1], y[:1], torch.cat((y, y)), y[0]):
+        for call in (net.step, net.gradients, net.evaluate, lambda *batch: net.train_epoch(*batch, 3)):
+            with pytest.raises(ValueError, match=r"y .* must be \(n, 12\) and \(n,\)"):
+                call(x, labels)
+        with pytest.raises(ValueError, match="labels .* do not fit logits"):
+            cross_entropy(torch.zeros(5, 8), labels)
+    with pytest.raises(ValueError, match=r"x .* must be \(n, 12\)"):
+        net.step(x[:, :-1], y)
+    assert all(torch.equal(a, b) for a, b in zip(net.weights, W))
 
 
 def test_statistics():

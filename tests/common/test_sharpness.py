@@ -64,6 +64,11 @@ def test_sharpness_objective_rejects_bad_input():
         ("x", "dims need", (x[:-1], x[0], x[:, :0], x[None])),
         ("labels", "dims need", (labels[:-1], labels[None])),
         ("chunk", "chunk must be positive", (0, -1)),
+        ("x", "x has values that are not finite", (x * float("nan"),)),
+        ("x", "one floating-point dtype", (x.float(), x.long(), x.to("meta"))),
+        ("directions", "one floating-point dtype", (directions.float(), directions.long())),
+        ("radii", "one device", (radii.to("meta"),)),
+        ("labels", "labels must be class indices", (labels.double(), labels.int())),
     ):
         for value in values:
             with pytest.raises(ValueError, match=message):
@@ -72,4 +77,7 @@ def test_sharpness_objective_rejects_bad_input():
         Sharpness(**{**fits, "directions": directions[:0], "radii": radii[:0]})
     for wrong in (weights[:-1], weights[::-1], (weights[0][:, :-1], *weights[1:])):
         with pytest.raises(ValueError, match="weights are .* dims need"):
+            Sharpness(**fits)(wrong)
+    for wrong in ((weights[0].expand(2, 6, 7), *weights[1:]), [W.float() for W in weights]):
+        with pytest.raises(ValueError, match="weights must share"):
             Sharpness(**fits)(wrong)
