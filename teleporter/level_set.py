@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport import Teleportation
-from teleporter.passes import gradient, kept_buffers, same_randomness, undone_on_error
+from teleporter.passes import check_trials, gradient, kept_buffers, same_randomness, undone_on_error
 
 
 def level_set_teleport(
@@ -29,8 +29,10 @@ def level_set_teleport(
     cost of one gradient and at most one Hessian-vector product. radius: length of the first trial, relative to ‖w‖.
     tolerance: no step goes above L_0 + tolerance (1 + |L_0|). Returns the Teleportation, its weights {name: parameter},
     its objective ‖∇L‖²; drift may be negative, since the loss may fall. Raises ValueError for a loss that is not a
-    finite scalar, a zero gradient, parameters on several devices or in half precision.
+    finite scalar, a zero gradient, parameters on several devices or in half precision, numbers that are not positive
+    and finite.
     """
+    check_trials(steps, radius, tolerance)
     W = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if len({(p.device, p.dtype) for p in W.values()}) != 1 or next(iter(W.values())).dtype.itemsize < 4:
         raise ValueError("trainable parameters must share one device and one dtype, float32 or float64")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
+from teleport import _check_count
 from teleporter.state import checked, copies, kind_of
 from teleporter.symmetry import Slot, Symmetry
 from teleporter.verify import refuted
@@ -63,8 +64,7 @@ class LowRankRotation:
         decay: float = 0.99,
     ) -> None:
         """Find the pairs, and try them if there are inputs."""
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+        _check_count("every", every)
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be between 0 and 1, got {decay}")
         self.model, self.every, self.decay, self.calls = model, every, decay, 0

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from teleport import Teleportation
-from teleporter.passes import check_loss, gradient, kept_buffers, same_randomness, undone_on_error
+from teleporter.passes import check_loss, check_trials, gradient, kept_buffers, same_randomness, undone_on_error
 from teleporter.verify import relative_change, tensors_of
 
 _CONVOLUTIONS = {getattr(torch, f"conv{n}d") for n in (1, 2, 3)}
@@ -47,9 +47,11 @@ def null_space_teleport(
 
     Layers whose inputs span everything stay; so do parameters that anything but linear maps and convolutions uses.
     Returns the Teleportation, its weights {name: parameter}, its objective ‖∇L‖². Raises ValueError if no layer has any
-    room, for a loss that is not a finite scalar, a zero gradient, half precision; RuntimeError (parameters restored) if
-    no trial left the outputs on the batch where they were.
+    room, for a loss that is not a finite scalar, a zero gradient, half precision, numbers that are not positive and
+    finite, a rank_tolerance or energy outside [0, 1); RuntimeError (parameters restored) if no trial left the outputs
+    on the batch where they were.
     """
+    check_trials(steps, radius, tolerance, rank_tolerance=rank_tolerance, energy=energy)
     W = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not W or {p.dtype for p in W.values()} - {torch.float32, torch.float64}:
         raise ValueError("trainable parameters must be float32 or float64")

@@ -9,6 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from teleport import _check_count, _check_positive
+
+
+def check_trials(steps: int, radius: float, tolerance: float, **shares: float | None) -> None:
+    """ValueError, naming it, for what is not positive and finite, and for a share outside [0, 1)."""
+    _check_count("steps", steps)
+    _check_positive("radius", radius)
+    _check_positive("tolerance", tolerance)
+    for name, share in shares.items():
+        if share is not None and not 0 <= share < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {share}")
+
 
 def check_loss(loss: Any) -> None:
     """ValueError unless a loss_fn's result can be differentiated: a finite scalar that depends on parameters."""

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from teleport import Teleportation, postactivation_action, preactivation_action
+from teleport import Teleportation, _check_positive, postactivation_action, preactivation_action
 from teleporter import listing
 from teleporter.finder import Finder, exact_candidates
 from teleporter.hidden import act_on_hidden, pull_back
@@ -81,6 +81,7 @@ class Teleporter:
             raise ValueError(f"bound must be a finite factor above 1, got {bound}")
         if not bound <= total_bound < math.inf:
             raise ValueError(f"total_bound must be finite and not below bound, got {total_bound}")
+        _check_positive("tolerance", tolerance)
         if not callable(objective) and objective != "gradient_norm":
             raise ValueError(f'objective must be "gradient_norm" or callable(loss, parameters), got {objective!r}')
         if on_unknown_state not in (None, "keep", "reset"):
@@ -235,11 +236,12 @@ class Teleporter:
     def random_tangents(self, generator=None) -> list:
         """Tangents as long as those of `step` in a random direction: `apply` them for a control."""
         self._refuse_rotations()
-        random = (torch.randn(s.shape, generator=generator, dtype=torch.float64, device="cpu") for s in self.symmetries)
+        like = dict(generator=generator, dtype=torch.float64, device="cpu" if generator is None else generator.device)
+        random = (torch.randn(s.shape, **like).cpu() for s in self.symmetries)
         return [s.steepest(D) * math.log(self.bound) for s, D in zip(self.symmetries, random)]
 
     def apply(self, tangents: list, inputs=None) -> None:
-        """Move by exp(T), one T (Symmetry.shape, float64, CPU) for each exact symmetry; -T moves back exactly.
+        """Move by exp(T), one T (Symmetry.shape, used in float64) for each exact symmetry; -T moves back exactly.
 
         inputs: as of `step`. If given, the symmetries are tried first and the outputs compared. Raises ValueError for
         tangents of other shapes, not finite or beyond total_bound since the start; RuntimeError (parameters restored)
@@ -248,6 +250,7 @@ class Teleporter:
         self._refuse_rotations()
         if self.action is not None:
             raise ValueError("a data-dependent action has no meaning without data: use step")
+        tangents = [torch.as_tensor(T, dtype=torch.float64, device="cpu").detach() for T in tangents]
         if [tuple(T.shape) for T in tangents] != [s.shape for s in self.symmetries]:
             raise ValueError(f"tangents must have the shapes {[s.shape for s in self.symmetries]}")
         if not all(T.isfinite().all() for T in tangents):

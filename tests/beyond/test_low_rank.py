@@ -159,7 +159,7 @@ def test_what_it_cannot_do_it_says():
         LowRankRotation(net, adam, pairs=[("nowhere", "0.lora_B.default")])
     with pytest.raises(ValueError, match="too coarse"):
         LowRankRotation(model(torch.bfloat16), adam)
-    for bad in ({"every": 0}, {"decay": 1.5}):
+    for bad in ({"every": 0}, {"every": 1.5}, {"decay": 1.5}, {"decay": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             LowRankRotation(net, adam, **bad)
     rotation = LowRankRotation(net, adam)

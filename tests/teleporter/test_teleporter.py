@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from teleporter import Attention, Pair, Teleporter, level_set_teleport
+from teleporter import Attention, Pair, Teleporter, level_set_teleport, null_space_teleport
 from teleporter.hidden import pull_back
 
 few = settings(max_examples=15, deadline=None, derandomize=True)
@@ -639,6 +639,8 @@ def test_level_set_on_any_model(index):
 
 @pytest.mark.parametrize("options, message", [
     ({"bound": 1.0}, "bound"), ({"bound": math.inf}, "bound"), ({"objective": "sharpness"}, "objective"),
+    ({"bound": math.nan}, "bound"), ({"total_bound": math.nan}, "total_bound"), ({"tolerance": math.nan}, "tolerance"),
+    ({"tolerance": math.inf}, "tolerance"), ({"tolerance": -1e-3}, "tolerance"),
     ({"symmetries": ["rescaling"]}, "'rescaling' is neither"), ({"symmetries": ["auto", "preactivation"]}, "alone"),
     ({"symmetries": [Pair("0", "nowhere")]}, "no module 'nowhere'"), ({"symmetries": [Pair("0", "4")]}, "one by one"),
     ({"symmetries": [Pair("1", "2")]}, "ReLU is not supported"), ({"symmetries": "attention"}, "no symmetry"),
@@ -682,6 +684,31 @@ def test_bad_losses_and_tangents():
     with pytest.raises(ValueError, match="use step"):
         Teleporter(model, "preactivation").apply([])
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("teleported", [level_set_teleport, null_space_teleport])
+def test_numbers_that_are_not_positive_and_finite_are_named(teleported):
+    """With such a number nothing moved, or anything did, without a word."""
+    model, x = mlp(6, 5, 3), torch.randn(2, 6)
+    before = copy.deepcopy(model.state_dict())
+    wrong = [(name, value) for name in ("radius", "tolerance") for value in (0.0, -1.0, math.nan, math.inf)]
+    wrong += [("steps", value) for value in (0, -1, 1.5)]
+    if teleported is null_space_teleport:
+        wrong += [(name, value) for name in ("rank_tolerance", "energy") for value in (-1.0, 1.0, math.nan)]
+    for name, value in wrong:
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            teleported(model, lambda m: m(x).square().sum(), **{name: value})
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_tangents_of_any_dtype_move_as_in_float64():
+    """Others were exponentiated in their own precision, and integers refused to be."""
+    for T in (torch.tensor([0.5, 1.0, -2.0, 0.25, 3.0]), torch.tensor([1, 2, 0, -1, 1]), [1.0, 0.5, 0.0, 0.0, -1.0]):
+        model = mlp(6, 5, 3).double()
+        moved = copy.deepcopy(model)
+        Teleporter(model).apply([torch.as_tensor(T, dtype=torch.float64, device="cpu")])
+        Teleporter(moved).apply([T])
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), moved.parameters()))
 
 
 # The example
