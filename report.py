@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import ROOT, UserError, cli, files, run
-from common.claims import QUESTIONS, Claim, duration, markdown, sentence_case
+from common.claims import QUESTIONS, WITHOUT_A_FIGURE, Claim, duration, markdown, sentence_case
 from common.data import LABELS
 
 
@@ -130,7 +130,7 @@ def reproduction(judged, root=ROOT):
         for result in results:
             with files.whole(result.path):
                 lines += describe(result, root)
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join([*lines, "## Recorded numbers without a figure", "", WITHOUT_A_FIGURE]) + "\n"
 
 
 def front(judged):

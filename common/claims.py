@@ -18,6 +18,14 @@ QUESTIONS = {  # which the reviewers of ICLR 2024 asked in public, and which a V
     "when": "Does it matter when, and how often, one teleports?",
 }
 
+# Recorded by running the authors' code, with why it stands beside no figure.
+WITHOUT_A_FIGURE = (
+    "Recorded by running the authors' code from given weights, which no figure uses, hence compared by tests alone "
+    "(`tests/golden/`, to 1e-9 or better): both group actions, the derivative of ‖∂L/∂W‖² along the group, κ and its "
+    "derivative, the perturbed losses of φ; Q, loss and Hessian of gradient descent over 400 steps; spherical "
+    "coordinates of the nonlinear action. Not comparable: seconds, which are of another machine."
+)
+
 
 class Claim(NamedTuple):
     """What a paper says, in our words, and when it holds."""
