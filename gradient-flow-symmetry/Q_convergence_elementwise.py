@@ -72,7 +72,7 @@ class Settings:
 
 PAPER = Settings()
 PRESETS = {
-    "tiny": replace(PAPER, steps=2_000, per_decade=20, starts=6, starts_steps=1_500),
+    "tiny": replace(PAPER, steps=1_500, per_decade=10, starts=4, starts_steps=300),
     "quick": replace(PAPER, steps=50_000),
     "paper": PAPER,
 }

@@ -50,7 +50,7 @@ class Settings:
 
 PAPER = Settings()
 PRESETS = {
-    "tiny": replace(PAPER, steps=20_000, per_decade=20),
+    "tiny": replace(PAPER, steps=10_000, per_decade=10),
     "quick": replace(PAPER, steps=100_000),
     "paper": PAPER,
 }

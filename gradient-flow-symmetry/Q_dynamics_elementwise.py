@@ -58,7 +58,7 @@ class Settings:
 
 PAPER = Settings()
 PRESETS = {
-    "tiny": replace(PAPER, steps=2_000, per_decade=20),
+    "tiny": replace(PAPER, steps=1_500, per_decade=10),
     "quick": replace(PAPER, steps=40_000),
     "paper": PAPER,
 }

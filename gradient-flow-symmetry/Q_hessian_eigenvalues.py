@@ -67,7 +67,7 @@ class Settings:
 
 
 PAPER = Settings()
-PRESETS = {"tiny": replace(PAPER, steps=1_000, hidden=20, starts=6), "quick": PAPER, "paper": PAPER}
+PRESETS = {"tiny": replace(PAPER, steps=1_000, hidden=20, starts=4), "quick": PAPER, "paper": PAPER}
 
 
 def experiment(run):

@@ -21,11 +21,8 @@ WINDOW = 6  # lines of logic
 
 KNOWN = {
     "files above 400 lines": [],
-    "functions above 60 lines": [
-        "gradient-flow-symmetry/adversarial_cifar.py: measure",
-    ],
+    "functions above 60 lines": [],
     "judges outside 8 to 15 lines": [
-        "gradient-flow-symmetry/adversarial_cifar.py",
         "symmetry-teleportation/multi_layer_regression.py",
         "teleport_optimization.py",
     ],
