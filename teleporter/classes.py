@@ -1,5 +1,6 @@
 """Labels of channels that can only be scaled together."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -14,6 +15,7 @@ class Classes:
     def __init__(self) -> None:
         """ANY and FIXED alone."""
         self.parent, self.sign, self.size, self.reason = [0, 1], [1, 1], [1, 1], {}
+        self.products, self.factors = {}, {}  # see `times`, `settle`
         self.key, self.plain, self.attended = [0, 0], [False, False], set()  # see `refine`; plain: only linear maps
 
     def fresh(self, n: int, key: int | None) -> Tensor:
@@ -76,6 +78,62 @@ class Classes:
         one = torch.where(one > ANY, one, other)
         self.unify(one, x, reason)
         return one
+
+    def multiplied(self, a: Tensor, b: Tensor) -> Tensor:
+        """Labels of the elementwise product of two broadcast tensors."""
+        a, b = torch.broadcast_tensors(a, b)
+        x, y = shrunk(a, b)
+        pairs, back = torch.unique(torch.stack([x.flatten(), y.flatten()]), dim=1, return_inverse=True)
+        labels = torch.tensor([self.times(*pair) for pair in pairs.T.tolist()], device=a.device)
+        return labels[back].view(x.shape).expand(a.shape)
+
+    def times(self, a: int, b: int) -> int:
+        """The label of a product: one of its own where both factors scale."""
+        p, q = self.find(a)[0], self.find(b)[0]
+        if ANY in (p, q):
+            return ANY
+        if FIXED in (p, q):
+            return a if q == FIXED else b
+        if (a, b) not in self.products:
+            self.products[a, b] = int(self.fresh(1, None))
+            self.plain[-1] = False
+        return self.products[a, b]
+
+    def settle(self) -> None:
+        """When all is joined: factors of the classes that are products, {class: {class: ±1}}; what is too odd stays."""
+        reason, before = "it is multiplied with what is scaled as well", None
+        while before != (classes := sum(k == root for k, root in enumerate(self.parent))):
+            before, self.factors = classes, {}
+            for (a, b), c in self.products.items():
+                total, root = Counter(), self.find(c)[0]
+                for label, sign in ((c, 1), (a, -1), (b, -1)):
+                    k, s = self.find(label)
+                    total[k] += s * sign
+                left = [(k, n) for k, n in total.items() if n and k != FIXED]
+                if len(left) == 2 and all(abs(n) == 1 for _, n in left):
+                    (k, m), (q, n) = left
+                    self.join(k, -m * n * q, reason)
+                elif len(left) == 3:
+                    found = {k: -n * total[root] for k, n in left if k != root}
+                    if self.factors.setdefault(root, found) != found:
+                        self.join(root, FIXED, reason)
+                else:
+                    for k, _ in left:
+                        self.join(k, FIXED, reason)
+            for root in self.factors:
+                if self.parts(root) is None:
+                    self.join(root, FIXED, reason)
+
+    def parts(self, root: int, above: tuple[int, ...] = ()) -> dict[int, int] | None:
+        """{class: ±1}: whose scales a class's is the product of; None if it is more involved."""
+        if root in above:
+            return None
+        total = Counter()
+        for k, sign in self.factors.get(root, {}).items():
+            for part, s in (self.parts(k, (*above, root)) or {k: 2}).items():
+                total[part] += s * sign
+        total = {k: n for k, n in total.items() if n} if root in self.factors else {root: 1}
+        return total if all(abs(n) == 1 for n in total.values()) else None
 
     def marked(self, labels: Tensor) -> Tensor:
         """Note that something acts on each of these channels by itself: they scale, but do not mix."""

@@ -23,13 +23,12 @@ class Products:
             return self.gain(a, b)
         self.fix(b if b in self.tags else None, f"{self.place} divides by it")
         x, y = self.of(a), self.of(b)
-        shape = torch.broadcast_shapes(x.shape, y.shape)
+        shape = torch.broadcast_tensors(x, y)[0].shape  # broadcast_shapes imports sympy
         if self.free(y):
+            self.classes.marked(y)
             if self.free(x):
-                self.block(y, f"{self.place} multiplies it with what is scaled as well")
-                self.classes.marked(x)
-            else:
-                return self.classes.marked(y if name == "mul" else -y).expand(shape)
+                return self.classes.multiplied(self.classes.marked(x), y if name == "mul" else -y)
+            return (y if name == "mul" else -y).expand(shape)
         elif any(n > 1 and x.ndim >= d and x.stride(-d) != 0 for d, n in enumerate(reversed(b.shape), 1)):
             self.classes.marked(x)
         return x.expand(shape)
@@ -37,7 +36,7 @@ class Products:
     def gain(self, a: Tensor, b: Tensor) -> Tensor:
         """A parameter b that multiplies each of its channels: it reads what was there and writes what comes."""
         name, index = self.tags[b]
-        shape = torch.broadcast_shapes(a.shape, b.shape)
+        shape = torch.broadcast_tensors(a, b)[0].shape
         x = self.of(a).expand(shape)
         labels, positions = shrunk(x, index.expand(shape))
         read = torch.full((self.parameters[name].numel(),), FIXED, device=index.device)

@@ -1,7 +1,9 @@
 """Symmetries from a trace: which classes of labels are free, where they stand in the parameters, which of them mix."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,12 +27,13 @@ def traced(model: nn.Module, inputs: Any) -> list[Candidate]:
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
     tracer = Tracer(model, parameters)
-    with same_randomness(model), kept_attributes(model):
+    with same_randomness(model), kept_attributes(model), _kept_parameters(model):
         with tracer.running():
             output = called(model, inputs)
         for x in tree_leaves(vars(output) if hasattr(output, "__dataclass_fields__") else output):
             tracer.fix(x, "it is the output of the model")
     labels = {name: _labels(tracer, name) for name, uses in tracer.uses.items() if uses}
+    tracer.classes.settle()
     places = {
         name: [_compressed(_roots(tracer.classes, _compressed(x))) for x in pair] for name, pair in labels.items()
     }
@@ -42,6 +45,19 @@ def traced(model: nn.Module, inputs: Any) -> list[Candidate]:
         names.add(name)
         found.append((symmetry._replace(name=name), modules, reason))
     return found + _left_alone(tracer, places, labels)
+
+
+@contextmanager
+def _kept_parameters(model: nn.Module) -> Iterator[None]:
+    """Weights that the forward pass itself writes, as an embedding's max_norm does, are taken back."""
+    before = [(p, p._version, p.detach().clone()) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, version, value in before:
+                if p._version != version:
+                    p.copy_(value)
 
 
 def _left_alone(tracer: Tracer, places: Mapping[str, Places], labels: Mapping[str, Places]) -> list[Candidate]:
@@ -96,12 +112,11 @@ def _candidates(tracer: Tracer, places: Mapping[str, Places], order: Sequence[st
         for x, reading in zip(pair, (False, True)):
             for root in torch.unique(x).tolist():
                 if root != FIXED:
-                    roles[abs(root)].add((name, reading == (root > 0)))
-    spaces = defaultdict(list)
-    for root in sorted(roles):
-        spaces[frozenset(roles[root])].append(root)
+                    for part, sign in tracer.classes.parts(abs(root)).items():
+                        roles[part].add((name, reading == (root * sign > 0)))
+    spaces = _spaces(tracer.classes, roles)
     keys, found = _keys(tracer.classes), []
-    for where, roots in spaces.items():
+    for (where, _), roots in spaces.items():
         writers, readers = ([n for n in order if (n, reads) in where] for reads in (False, True))
         named = " -> ".join(", ".join(dict.fromkeys(map(_module, names))) for names in (writers, readers) if names)
         if not writers or not readers:
@@ -114,9 +129,22 @@ def _candidates(tracer: Tracer, places: Mapping[str, Places], order: Sequence[st
                 found.append((Symmetry(named, kind, shape, tuple(slots)), None, None))
                 roots = [root for root in roots if not any(root in group for group in groups)]
         if roots:
-            slots = [slot for name, reads in sorted(where) for slot in _entries(name, reads, places[name], roots)]
+            slots = [s for n, reads in sorted(where) for s in _entries(tracer.classes, n, reads, places[n], roots)]
             found.append((Symmetry(named, "rescale", (len(roots),), tuple(slots)), None, None))
     return found
+
+
+def _spaces(classes: Classes, roles: Mapping[int, set]) -> dict[tuple, list[int]]:
+    """{(roles, number): classes} of one role each; the factors of a product are in different spaces."""
+    others, numbers, spaces = defaultdict(set), {}, defaultdict(list)
+    for parts in map(classes.parts, classes.factors):
+        for part in parts or ():
+            others[part] |= set(parts)
+    for root in sorted(roles):
+        taken = {numbers[k] for k in others[root] if k in numbers}
+        numbers[root] = next(n for n in itertools.count() if n not in taken)
+        spaces[frozenset(roles[root]), numbers[root]].append(root)
+    return spaces
 
 
 def _module(name: str) -> str:
@@ -172,11 +200,16 @@ def _rows(name: str, reads: bool, pair: Places, groups: list[list[int]]) -> Iter
             yield Rows(name, reads, along[0], torch.tensor(table, device="cpu"))
 
 
-def _entries(name: str, reads: bool, pair: Places, roots: Sequence[int]) -> Iterator[Entries]:
+def _entries(classes: Classes, name: str, reads: bool, pair: Places, roots: Sequence[int]) -> Iterator[Entries]:
     """The slots of classes that scale: for each number of the parameter, which of them it has."""
+    numbers = dict(zip(roots, range(len(roots))))
+
+    def number(label: int) -> int:
+        parts = classes.parts(abs(label)) or {}
+        return next((numbers[k] for k, sign in parts.items() if k in numbers and sign * label > 0), -1)
+
     for x in _standing(name, reads, pair):
         known, back = torch.unique(x, return_inverse=True)
-        numbers = dict(zip(roots, range(len(roots))))
-        index = torch.tensor([numbers.get(root, -1) for root in known.tolist()], device="cpu")[back.cpu()].view(x.shape)
+        index = torch.tensor([number(label) for label in known.tolist()], device="cpu")[back.cpu()].view(x.shape)
         if (index >= 0).any():
             yield Entries(name, reads, index)

@@ -132,6 +132,35 @@ def test_gated_units_and_gains(activation):
     assert kinds(symmetries) == [("rescale", 6), ("rescale", 8)]
 
 
+class Fused(nn.Module):
+    """Gate and up in one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.down = nn.Linear(8, 12), nn.Linear(6, 8)
+
+    def forward(self, x):
+        gate, up = self.both(x).chunk(2, -1)
+        return self.down(gate.relu() * up)
+
+
+class Normalized(Products):
+    """What the product of two scales would change is normalized: one may still undo the other."""
+
+    def forward(self, x):
+        return self.down(F.layer_norm(self.gate(x) * self.up(x), (6,)))
+
+
+@pytest.mark.parametrize("model, expected", [
+    (Products(F.relu), ["gate -> down", "up -> down", "down -> gain"]),
+    (Fused(), ["both -> down", "both -> down'"]),
+    (Normalized(None), ["up -> gate"]),
+    (Between(lambda h: h * h.relu()), []),  # would take a square root
+])  # fmt: skip
+def test_each_factor_of_a_product_that_scales_is_a_symmetry(model, expected):
+    assert [s.name for s in found(model, X if isinstance(model, Between) else TOKENS)] == expected
+
+
 class Convolutions(nn.Module):
     """Concatenation, depthwise, grouped and transposed convolutions, a batch norm without a class."""
 
