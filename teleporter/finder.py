@@ -25,7 +25,7 @@ from teleporter.layers import (
     split_dim,
     writer,
 )
-from teleporter.passes import kept_attributes
+from teleporter.passes import kept_attributes, same_randomness
 from teleporter.symmetry import Attention, Candidate, HiddenAction, Pair, Slot, Symmetry
 from teleporter.traced import traced
 
@@ -75,16 +75,16 @@ def noted(note: Callable, name: str, flow: Flow, *part: int) -> Flow:
 def exact_candidates(model: nn.Module, finder: "Finder", kinds: set[str], inputs: Any) -> list[Candidate]:
     """Candidates of these kinds ("auto", "rescale", "attention"): of one run of the inputs if there are any, otherwise,
     or if that run cannot be followed, of the finder's graphs."""
-    scaling, mixing = kinds & {"auto", "rescale"}, kinds & {"auto", "attention"}
+    scaling, mixing, failed = kinds & {"auto", "rescale"}, kinds & {"auto", "attention"}, []
     if inputs is not None and (scaling or mixing):
         try:
             found = traced(model, inputs)
         except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError) as error:
-            failed = Symmetry("trace of the inputs", "rescale", (0,), ()), (), f"{type(error).__name__}: {error}"
+            failed = [(Symmetry("trace of the inputs", "rescale", (0,), ()), (), f"{type(error).__name__}: {error}")]
         else:
             return [c for c in found if c[2] or (scaling if c[0].kind == "rescale" else mixing)]
-        return [failed, *(finder.spaces if scaling else []), *(finder.heads if mixing else [])]
-    return (finder.spaces if scaling else []) + (finder.heads if mixing else [])
+    finder.search()
+    return failed + (finder.spaces if scaling else []) + (finder.heads if mixing else [])
 
 
 class Finder:
@@ -100,18 +100,25 @@ class Finder:
         self.parameters = dict(model.named_parameters())
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-        self.calls = Counter()
+        self.calls, self.model, self.searched = Counter(), model, False
         self.spaces, self.heads, self.hidden = [], [], []  # rescalings, attention, data-dependent actions
-        for name, module in model.named_modules():
-            if changed_by_hand(module) and not on_trial:
+
+    def search(self) -> None:
+        """Fill spaces, heads and hidden, once."""
+        if self.searched:
+            return
+        self.searched = True
+        for name, module in self.model.named_modules():
+            if changed_by_hand(module) and not self.on_trial:
                 continue
             if type(module) is nn.MultiheadAttention:
                 self.heads += self.multihead(name, module)
             elif type(module) in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):  # fx cannot trace these
                 if module.activation is F.relu or type(module.activation) is nn.ReLU:
                     self.spaces.append(self.pair(Pair(f"{name}.linear1".lstrip("."), f"{name}.linear2".lstrip("."))))
-        for prefix, graph in _graphs(model):
-            self.follow(prefix, graph)
+        with same_randomness(self.model):
+            for prefix, graph in _graphs(self.model):
+                self.follow(prefix, graph)
 
     def module(self, name: str) -> nn.Module:
         """The module of this name. Raises ValueError if there is none."""
@@ -346,8 +353,12 @@ class Finder:
                 return None
             source = source.args[0]
         name, module, _ = op(source)
-        usual = type(module) is nn.Linear and isinstance(sizes[-2], int) and len(source.users) == 1
-        return (name, sizes[-2], part) if usual else None
+        if type(module) is not nn.Linear or not isinstance(sizes[-2], int) or len(source.users) != 1:
+            return None
+        heads, d = sizes[-2:]
+        if heads < 0 and isinstance(d, int):  # as many as fit
+            heads = module.out_features // (d if part is None else 3 * d)
+        return (name, heads, part) if heads > 0 else None
 
     def merge_heads(self, prefix: str, node: fx.Node) -> str | None:
         """The Linear that reads node.transpose(1, 2).reshape(batch, tokens, features), or None."""

@@ -1,6 +1,7 @@
 """Forward passes that leave no trace, and gradients of what they return."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -89,6 +90,8 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
     """Whatever a forward pass leaves in the modules (attributes, entries of containers, buffers) is taken back."""
 
     def held(value: Any) -> tuple[Any, Any]:
+        if type(value) in (dict, OrderedDict, list, set):  # ten a module: copy.copy takes longer than a small model
+            return value, value.copy()
         return (value, copy.copy(value)) if isinstance(value, list | dict | set) else (value, None)
 
     tensors = [t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)]
@@ -106,7 +109,7 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
                 del attributes[name]
             for name, (value, content) in values.items():
                 attributes[name] = value
-                if content is not None:
+                if content or content is not None and value:
                     _refill(value, content)
 
 

@@ -107,10 +107,11 @@ class Teleporter:
 
     def _find(self, inputs):
         """Search; without inputs, what they would have to decide is left alone."""
-        with same_randomness(self.model):
-            finder = Finder(self.model, on_trial=inputs is not None or self.action is not None)
+        finder = Finder(self.model, on_trial=inputs is not None or self.action is not None)
         items = self.items
         kinds = {item for item in items if isinstance(item, str)}
+        if self.action is not None or len(kinds) < len(items):  # by hand
+            finder.search()
         found = finder.hidden if self.action is not None else []
         found = found + exact_candidates(self.model, finder, kinds, inputs)
         self.symmetries, self.left_alone = [], {}
@@ -325,7 +326,7 @@ class Teleporter:
         if self.action is not None:
             return tangents
         limit, shortened = math.log(self.total_bound), []
-        rounding = math.log(allowed / (16 * precision(self.parameters.values()))) / 2
+        rounding = math.log(allowed / (16 * (precision(self.parameters.values()) or 1.0))) / 2  # 0: no parameters
         mixing = min(limit, max(rounding, math.log(self.bound)))
         for s, T in zip(self.symmetries, tangents):
             total = self._total(s, T)
