@@ -330,7 +330,10 @@ def test_tied_weights_and_frozen_ones_keep_the_function():
         def forward(self, x):
             return self.head(self.inner(self.embed(x)).relu())
 
-    found(Tied(), torch.randint(7, (2, 3)))
+    x = torch.randint(7, (2, 3))
+    found(Tied(), x)
+    reasons = {s.name: reason for s, _, reason in traced(Tied(), x)}
+    assert reasons["embed"] == "embed.weight is used in more than one way"  # s as it writes, 1/s as it reads: only ±1
     model = Between(F.relu)
     model.second.requires_grad_(False)
     assert all("second" not in slot.name for s in found(model, X) for slot in s.slots)
