@@ -133,13 +133,14 @@ def log_loss(ax: plt.Axes) -> None:
 def save(figure: plt.Figure, folder: Path, name: str) -> list[Path]:
     """Write name.pdf and name.png into folder, complete or not at all, without dates; close the figure."""
     contents = {}
-    for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
+    for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix, metadata=metadata)
         contents[folder / f"{name}.{suffix}"] = buffer.getvalue()
+        figure.set_layout_engine("none")  # what was laid out for one is for both: it takes as long as drawing
     plt.close(figure)
     write(contents)
-    return list(contents)
+    return sorted(contents)
 
 
 def link(paths: Sequence[Path], folder: Path) -> None:

@@ -50,3 +50,13 @@ def test_a_tuning_is_drawn_with_every_best_marked():
     marks = [(line.get_marker(), line.get_xdata()[0]) for line in axes[0, 0].lines if line.get_marker() in "ox"]
     assert marks == [("o", 2), ("x", 2)]
     matplotlib.pyplot.close(figure)
+
+
+def test_a_figure_is_laid_out_once_for_both_files(tmp_path):
+    figure, ((ax,),) = plots.panels()
+    ax.set_ylabel("a label\nthat needs\nroom")
+    laid_out, engine = [], figure.get_layout_engine()
+    execute = engine.execute
+    engine.execute = lambda f: laid_out.append(execute(f))
+    assert [path.name for path in plots.save(figure, tmp_path, "name")] == ["name.pdf", "name.png"]
+    assert len(laid_out) == 1 and all((tmp_path / f"name.{suffix}").stat().st_size for suffix in ("pdf", "png"))
