@@ -4,11 +4,62 @@ import numpy as np
 import pytest
 from conftest import load_script
 
+from common.protocol import RATES
 from common.run import Outcome
 
+regression = load_script("symmetry-teleportation/multi_layer_regression.py")
 learning = load_script("learn-to-teleport/multi_layer_regression.py")
 classification = load_script("symmetry-teleportation/mnist_classification.py")
 sampling = load_script("symmetry-teleportation/random_search.py")
+
+
+def planted(names, cases, effects, n, sd, edge=()):
+    """Arrays of n runs: log losses that arms share (SD 0.3), each arm's own noise (sd), and effects, log ratios of
+    (case, name, rate). edge: (case, name) of arms without a best rate. Metrics, as common/protocol.py writes them."""
+    generator, arrays = np.random.default_rng(0), {}
+    for case in cases:
+        logs = 0.3 * generator.normal(size=n) + sd * generator.normal(size=(2, len(names), len(RATES), n))
+        for a, name in enumerate(names):
+            for r, rate in enumerate(RATES):
+                logs[:, a, r] += effects.get((case, name, rate), 0)
+        for measure, values in zip(("train", "test"), logs):
+            arrays[f"compared.{case}/{measure}_loss"] = np.exp(values)[..., None].repeat(5, -1)
+        tuning = {"factors": np.ones(3), "scores": np.zeros((len(names), 3, 2)), "best": np.ones(len(names), int)}
+        tuning |= {"tried": np.ones((len(names), 3), bool), "interior": [(case, name) not in edge for name in names]}
+        arrays |= {f"tuning.{case}/{key}": np.asarray(value) for key, value in tuning.items()}
+    return arrays, {case: {"runs": n, "reachable_margin": 0.01} for case in cases}
+
+
+def everywhere(cases, arm, effect=-0.05, rates=RATES):
+    return {(case, arm, rate): effect for case in cases for rate in rates}
+
+
+BOTH = ("GD", "AdaGrad")
+
+
+@pytest.mark.parametrize(
+    "effects, n, sd, word",
+    [
+        (everywhere(BOTH, "postactivation"), 300, 0.02, "holds"),
+        (everywhere(BOTH, "postactivation", rates=("published",)), 300, 0.02, "holds in part"),
+        (everywhere(("GD",), "postactivation"), 300, 0.02, "holds in part"),
+        ({}, 300, 0.02, "does not hold"),
+        (everywhere(BOTH, "postactivation", rates=("best",)) | everywhere(BOTH, "random"), 300, 0.02, "does not hold"),
+        ({}, 5, 0.3, "undecided"),
+    ],
+)
+def test_regression(effects, n, sd, word):
+    arrays, metrics = planted(regression.ARMS, BOTH, effects, n, sd)
+    for o in BOTH:
+        arrays[f"compared.{o}/needed"] = np.full((len(regression.ARMS), 2, n), 80.0)
+        arm = {"loss_after": np.array(regression.PUBLISHED), "largest_relative_drift": 0.0}
+        metrics[o] |= dict.fromkeys(regression.ARMS, arm)
+    outcome = Outcome(metrics, arrays, settings=regression.PRESETS["paper"])
+    verdict = regression.judge(outcome)
+    assert verdict.word == word and verdict.again() == "reproduced"
+    assert "saves gradient descent +20" in verdict.sentence
+    if word == "holds in part":
+        assert "GD, published rate" in verdict.limits and verdict.limits.endswith(" only")
 
 
 def curves(effects, arms, n, sd):
