@@ -62,17 +62,23 @@ def claimed(a, case, teleport, random, raised):
     ]
 
 
+def counted(found):
+    """Words with their numbers, in the order of their first appearance."""
+    return ", ".join(f"{found.count(word)} {word}" for word in dict.fromkeys(found))
+
+
 def test_figure_5():
-    a, gaining = arrays("teleport_optimization_MNIST"), 0
-    for optimizer in ("AdaGrad", "momentum", "RMSprop", "Adam"):
-        loss = a[f"{optimizer}/train_loss"][..., 7]  # after epoch 8: (arm, rate, run)
-        teleport, baseline = loss[3], loss[0]
-        best = [arm[np.argmin(arm.mean(-1))] for arm in (teleport, baseline)]
-        pairs = ((teleport[0], baseline[0]), best)
-        gaining += all(interval(x - y)[2] < 0 for x, y in pairs)
+    a = arrays("quick/teleport_optimization_mnist-mini")
+    optimizers = [o for o in ("AdaGrad", "momentum", "RMSprop", "Adam") if f"compared.{o}/train_loss" in a]
+    differences, inside = map(sum, zip(*(claimed(a, o, 3, 5, 6) for o in optimizers)), ([], []))
+    found = [word if fine else "undecided" for word, fine in zip(words(differences), inside)]
+    settled = [found[i : i + 4] for i in range(0, len(found), 4)]
     verdict, number = said("figures-5-and-13")
-    assert number.startswith(f"{gaining} of 4 ")
-    assert verdict == {0: "does not hold", 4: "holds"}.get(gaining, "holds in part")
+    assert number == f"at best rates {counted([each[1] for each in settled])}"
+    gains = [each == ["better"] * 4 for each in settled]
+    open_ = any(set(each) <= {"better", "undecided"} for each in settled)
+    word = "holds" if all(gains) else "holds in part" if any(gains) else "undecided" if open_ else "does not hold"
+    assert verdict == f"{word} (first look)"
 
 
 def test_table_1():

@@ -1,9 +1,12 @@
 """Judges of the comparisons of optimizers, fed with arrays whose truth was planted: an effect, none, too few runs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import load_script
 
+import teleport_optimization
 from common.protocol import RATES
 from common.run import Outcome
 
@@ -11,6 +14,7 @@ regression = load_script("symmetry-teleportation/multi_layer_regression.py")
 learning = load_script("learn-to-teleport/multi_layer_regression.py")
 classification = load_script("symmetry-teleportation/mnist_classification.py")
 sampling = load_script("symmetry-teleportation/random_search.py")
+ALL_FOUR = ("AdaGrad", "momentum", "RMSprop", "Adam")
 
 
 def planted(names, cases, effects, n, sd, edge=()):
@@ -32,6 +36,41 @@ def planted(names, cases, effects, n, sd, edge=()):
 
 def everywhere(cases, arm, effect=-0.05, rates=RATES):
     return {(case, arm, rate): effect for case in cases for rate in rates}
+
+
+@pytest.mark.parametrize(
+    "effects, n, sd, edge, word",
+    [
+        (everywhere(ALL_FOUR, "preactivation"), 20, 0.01, (), "holds"),
+        (everywhere(("momentum",), "preactivation"), 20, 0.01, (), "holds in part"),
+        ({}, 20, 0.005, (), "does not hold"),  # equivalent
+        (everywhere(ALL_FOUR, "preactivation", 0.05), 20, 0.01, (), "does not hold"),
+        (everywhere(ALL_FOUR, "preactivation", rates=("published",)), 20, 0.005, (), "does not hold"),  # a rate does it
+        (everywhere(ALL_FOUR, "preactivation") | everywhere(ALL_FOUR, "random"), 20, 0.005, (), "does not hold"),
+        (everywhere(ALL_FOUR, "preactivation") | everywhere(ALL_FOUR, "lr raised"), 20, 0.005, (), "does not hold"),
+        ({}, 4, 0.05, (), "undecided"),  # too few runs
+        (everywhere(ALL_FOUR, "preactivation"), 20, 0.01, [(o, "baseline") for o in ALL_FOUR], "undecided"),
+    ],
+)
+def test_figure_5(effects, n, sd, edge, word):
+    settings = replace(teleport_optimization.PRESETS["quick"], optimizers=ALL_FOUR)
+    arrays, metrics = planted(teleport_optimization.ARMS, ALL_FOUR, effects, n, sd, edge)
+    generator = np.random.default_rng(1)
+    for o in ALL_FOUR:
+        k = 1 + len(list(teleport_optimization.schedules(settings, o)))
+        arrays[f"shuffled.{o}/numbers"] = generator.normal(size=(2, 2, 4))
+        arrays[f"schedule.{o}/numbers"] = generator.normal(size=(k, 2, 4))
+        metrics[o]["mini_batches"] = 400
+    timings = {o: dict.fromkeys(teleport_optimization.ARMS, 1.0) for o in ALL_FOUR}
+    outcome = Outcome(metrics, arrays, list(range(n)), timings, "mnist-mini", settings)
+    verdict = teleport_optimization.judge(outcome)
+    assert verdict.word == word
+    assert set(verdict.answers) == {"cost", "gain", "when"}
+    assert word != "undecided" or edge or "would have shown" in verdict.sentence
+    if word == "holds in part":
+        assert verdict.limits == "momentum only"
+    two = teleport_optimization.judge(outcome, outcome._replace(label="MNIST"))  # a dataset more
+    assert two.word == word
 
 
 BOTH = ("GD", "AdaGrad")

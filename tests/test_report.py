@@ -21,28 +21,6 @@ def test_reproduction_and_readme_are_what_results_say():
     assert check.returncode == 0, check.stderr
 
 
-def judged(script):
-    """The section of a script, its results, and its verdict in a word after they have been tampered with."""
-    section = next(s for s in SECTIONS if s.script == script)
-    results = report.load(section)
-    return [r.outcome for r in results], lambda: section.judge(results).word
-
-
-def test_verdict_on_figures_5_and_13():
-    results, word = judged("teleport_optimization.py")
-    metrics, epoch = results[0].metrics, results[0].settings.milestones[-2]
-    for change, expected in (((-0.1, -0.2, -0.05), "holds"), ((0.1, -0.1, 0.3), "does not hold")):
-        for optimizer in metrics:
-            metrics[optimizer]["preactivation"][f"train_loss_{epoch}"].update(
-                at_published_rate=change, at_best_rate=change
-            )
-        assert word() == expected
-    metrics["Adam"]["preactivation"][f"train_loss_{epoch}"].update(at_published_rate=(-0.1, -0.2, -0.05))
-    assert word() == "does not hold"  # its gain would not survive the best learning rate
-    metrics["Adam"]["preactivation"][f"train_loss_{epoch}"].update(at_best_rate=(-0.1, -0.2, -0.05))
-    assert word() == "holds in part"
-
-
 def leaves(value, path=()):
     """Paths to all the numbers in nested dicts and lists."""
     if isinstance(value, dict | list):
@@ -67,6 +45,17 @@ def test_a_missing_number_never_stops_the_report(section):
             kept, place[last] = place[last], float("nan")
             assert section.judge(results).word, path
             place[last] = kept
+
+
+def test_a_first_look_stands_in_until_the_paper_s_size_has_been_run(tmp_path):
+    section = next(s for s in SECTIONS if s.module.get("SHOWN"))
+    (result,) = report.load(section)
+    assert result.preset == "quick" and "a first look" in result.label
+    (tmp_path / "results").mkdir()
+    for suffix in ("json", "npz"):
+        shutil.copy(result.path.with_suffix(f".{suffix}"), tmp_path / "results")
+    (result,) = report.load(section, tmp_path)
+    assert not result.preset and "a first look" not in result.label
 
 
 def test_a_report_on_results_of_ones_own(tmp_path):
