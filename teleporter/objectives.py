@@ -25,6 +25,7 @@ from teleport import Loss, Weights
 Direction = Callable[[Tensor], Tensor]  # ∂L/∂W of one parameter -> the direction in which it would step, uphill
 _WITHOUT_MAXIMUM = {
     "squared_gradient_norm": "is a/s² + b s² in a unit's scale s",
+    "gradient_norm": "is a/s² + b s² in a unit's scale s",
     "line_search_decrease": "may grow towards a limit that no element attains",
     "true_decrease": "may grow towards a limit that no element attains",
 }
@@ -35,7 +36,7 @@ def require_limit(name: str, bound: float | None, cap: float | Tensor | None = N
 
     bound: the largest factor by which a unit is rescaled; cap: of the objective.
     """
-    why = _WITHOUT_MAXIMUM.get(name)
+    why = _WITHOUT_MAXIMUM.get(name) if isinstance(name, str) else None
     if why and bound is None and cap is None:
         raise ValueError(f"{name} {why}, so it has no maximum on the orbit: give a bound on the scales, or a cap on it")
 
@@ -142,9 +143,10 @@ def parabola(
     u = tuple(map(direction, gradients)) if direction else gradients
     u = u if create_graph else tuple(x.detach() for x in u)
     # J u is the derivative of Jᵀz in z along u: no forward mode needed.
-    along = torch.autograd.grad(gradients, z, u, create_graph=create_graph, retain_graph=True)
+    live = [i for i, g in enumerate(gradients) if g.requires_grad]  # the others' parameters are not used
     used = [i for i, s in enumerate(slopes) if s.requires_grad]
     options = dict(create_graph=create_graph, retain_graph=True, materialize_grads=True)
+    along = torch.autograd.grad([gradients[i] for i in live], z, [u[i] for i in live], **options)
     curved = torch.autograd.grad([slopes[i] for i in used], outputs, [along[i] for i in used], **options)
     return Parabola(_inner(gradients, u, E), _inner(curved, along, E), gradients, u, curved)
 

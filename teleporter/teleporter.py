@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport import Teleportation, _check_positive, postactivation_action, preactivation_action
-from teleporter import listing
+from teleporter import listing, named
 from teleporter.finder import Finder, exact_candidates
 from teleporter.hidden import act_on_hidden, pull_back
 from teleporter.low_rank import LowRankRotation
@@ -37,8 +37,10 @@ class Teleporter:
     model), Pair and Attention (given by hand); or ["preactivation"] or ["postactivation"]; or "low_rank" with objective
     "gradient_eigenbasis" and an optimizer, which rotates the inner spaces of a LoRA (low_rank.py): `step()` then takes
     nothing and goes between optimizer.step() and zero_grad(), `low_rank` is the LowRankRotation. objective:
-    "gradient_norm", ‖∂L/∂W‖² over all trainable parameters, or objective(loss, parameters) -> scalar, parameters {name:
-    tensor}, which must be differentiable in them (through torch.autograd.grad(..., create_graph=True) if it uses
+    "gradient_norm", ‖∂L/∂W‖² over all trainable parameters; "line_search_decrease", what the best first step of the
+    optimizer gains by Gauss-Newton; "look_ahead", minus the loss after some of its steps; "balance", −Σ‖W‖², which goes
+    to its maximum at once, whatever the bound; or objective(loss, parameters) -> scalar, parameters {name: tensor},
+    which must be differentiable in them (through torch.autograd.grad(..., create_graph=True) if it uses
     gradients). maximize: False makes it smaller. bound: one step scales every channel, and every singular value of an
     attention element, by a factor within [1/bound, bound]; of a data-dependent action, log(bound) is the Frobenius norm
     of its tangent. With 2, the default, rescalings are by powers of two, which floating point does without any
@@ -77,13 +79,10 @@ class Teleporter:
             self.symmetries, self.left_alone = [], self.low_rank.left_alone
             return
         refuse_distributed(model)
-        if not 1 < bound < math.inf:
-            raise ValueError(f"bound must be a finite factor above 1, got {bound}")
+        self.named = named.checked(objective, optimizer, items, maximize, bound)
         if not bound <= total_bound < math.inf:
             raise ValueError(f"total_bound must be finite and not below bound, got {total_bound}")
         _check_positive("tolerance", tolerance)
-        if not callable(objective) and objective != "gradient_norm":
-            raise ValueError(f'objective must be "gradient_norm" or callable(loss, parameters), got {objective!r}')
         if on_unknown_state not in (None, "keep", "reset"):
             raise ValueError(f'on_unknown_state must be None, "keep" or "reset", got {on_unknown_state!r}')
         for item in items:
@@ -181,27 +180,32 @@ class Teleporter:
             raise RuntimeError(f"every symmetry found changed the output when tried, which was undone\n{self}")
         self.symmetries, self.verified = kept, True
 
-    def step(self, inputs=None, loss_fn: Callable | None = None) -> Teleportation | None:
+    def step(self, inputs=None, loss_fn: Callable | None = None, ahead: list | None = None) -> Teleportation | None:
         """One teleport: ascend the objective of loss_fn(model(inputs)) over the symmetries, from the identity.
 
         inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments) for model(...). loss_fn(output)
         -> scalar; it must depend on the parameters through the output alone. The step goes as far as `bound` allows in
         the steepest direction. The gradient norm grows all the way; another objective is tried there and then at half
         the distance, up to ten times, and the parameters stay if nothing helps. Random numbers (dropout) are the same
-        before and after; neither they nor buffers (running statistics) notice that a teleport happened.
+        before and after; neither they nor buffers (running statistics) notice that a teleport happened. ahead: what
+        look_ahead steps on, [(inputs, loss_fn), …], the last held out; else this batch. balance needs no arguments.
 
-        Cost: two forward-backward passes for the gradient norm; else the objective's derivative, and the objective once
-        for each trial. Returns the Teleportation, its weights {name: parameter that may have moved}. Raises ValueError
+        Cost: two forward-backward passes for the gradient norm; else the objective's derivative, and itself once for
+        each trial. Returns the Teleportation, its weights {name: parameter that may have moved}. Raises ValueError
         for a loss that is not a finite scalar, RuntimeError (parameters restored) if an exact symmetry moved the loss.
         """
         if self.low_rank is not None:
             if inputs is not None or loss_fn is not None:
                 raise ValueError("step() of low_rank takes no arguments: it reads the gradients that backward left")
             return self.low_rank.step()
-        if loss_fn is None:
+        if loss_fn is None and self.named != "balance":
             raise ValueError("step needs inputs and loss_fn")
         self._verify(inputs, search=True)
         moving = self._moving()
+        if loss_fn is None:
+            return named.balanced(self, moving, inputs)
+        if self.named == "look_ahead":
+            self.objective = named.ahead(self.model, self.optimizer, ahead or [(inputs, loss_fn)] * 6)
         outputs = []
 
         def watched(output):
@@ -276,7 +280,7 @@ class Teleporter:
         return max(self.tolerance, 16 * precision([*self.parameters.values(), *outputs]))
 
     def __getstate__(self):
-        return vars(self) | {"fingerprint": None}
+        return vars(self) | {"fingerprint": None} | ({"objective": None} if vars(self).get("named") else {})
 
     def __setstate__(self, state):
         vars(self).update(state)
@@ -364,14 +368,19 @@ class Teleporter:
 
     def _evaluate(self, inputs, loss_fn, derivative=False):
         """loss, objective; with derivative also the tangents of the steepest ascent and the inputs of hidden layers."""
+        aim = named.AIMS.get(self.named)
         by_transport = self.objective is None and self.action is None
-        second = derivative and not by_transport
+        second = aim is not None or derivative and not by_transport
         read_by = [s.V for s in self.symmetries] if derivative and self.action is not None else []
         with same_randomness(self.model), recorded_inputs(self.model, read_by) as hidden:
             with sdpa_kernel(SDPBackend.MATH) if second else nullcontext():  # the others have no second derivative
-                loss = loss_fn(called(self.model, inputs))
+                output = called(self.model, inputs) if aim is None else named.apart(called(self.model, inputs))
+                loss = loss_fn(output)
         check_loss(loss)
         W = self.parameters
+        if aim is not None:
+            value, tangents = aim(self.optimizer, loss, output, W, derivative and self.symmetries, math.log(self.bound))
+            return (loss.detach(), value.detach(), tangents, hidden)[: 4 if derivative else 2]
         if self.objective is None:
             G = gradient(loss, W, create_graph=second)
             value = sum(g.square().sum().to(loss.device) for g in G.values())
