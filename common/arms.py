@@ -143,7 +143,7 @@ def spare(move: Callable, start: Sequence[Tensor]) -> Callable:
         here = sound[..., None, None]
         moved = move(tuple(torch.where(here, W, V) for W, V in zip(weights, start)), *batch)
         numbers = (torch.where(sound, values, torch.nan) for values in moved[1:])
-        return Teleportation(tuple(torch.where(here, V, W) for V, W in zip(moved.weights, weights)), *numbers)
+        return type(moved)(tuple(torch.where(here, V, W) for V, W in zip(moved.weights, weights)), *numbers)
 
     return spared
 
