@@ -383,18 +383,3 @@ def mean_std(values: Row) -> str:
     spread = values.std(ddof=1)
     digits = max(0, 1 - int(np.floor(np.log10(spread)))) if spread > 0 else 4
     return f"{values.mean():.{min(digits, 6)}f} ± {spread:.{min(digits, 6)}f}"
-
-
-def difference(values: Row, reference: Row, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean of values − reference, paired by seed, with its t interval: (mean, low, high). NaN bounds for one seed."""
-    d = np.asarray(values, float) - np.asarray(reference, float)
-    mean, sd = _mean_and_sd(d)
-    return mean, *_interval(mean, sd, len(d), level)
-
-
-def verdict(interval: Sequence[float | None], smaller_is_better: bool = True) -> str:
-    """better, worse, or no difference: whether the 95 % interval (mean, low, high) excludes zero. "?" for one seed."""
-    low, high = np.array(interval[1:], float)  # a bound of None is NaN
-    if np.isnan(low) or low <= 0 <= high:
-        return "?" if np.isnan(low) else "no difference"
-    return "better" if (high < 0) == smaller_is_better else "worse"

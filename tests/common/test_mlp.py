@@ -8,7 +8,6 @@ import torch
 
 from common.losses import batch_loss, cross_entropy
 from common.mlp import StackedMLP, initial_weights, published_seeds
-from common.statistics import difference, mean_std, verdict
 from teleport import leaky_relu
 
 DIMS = (12, 7, 6, 5)
@@ -170,15 +169,6 @@ def test_each_sample_has_its_label():
     with pytest.raises(ValueError, match=r"x .* must be \(n, 12\)"):
         net.step(x[:, :-1], y)
     assert all(torch.equal(a, b) for a, b in zip(net.weights, W))
-
-
-def test_statistics():
-    mean, low, high = difference([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
-    assert math.isclose(mean, 2) and math.isclose(high - mean, 4.302652729911275 / math.sqrt(3), rel_tol=1e-9)
-    assert verdict((mean, low, high)) == "no difference" and verdict((1, 0.5, 2)) == "worse"
-    assert verdict((1, 0.5, 2), smaller_is_better=False) == "better" and verdict((-1, -2, -0.5)) == "better"
-    assert verdict(difference([1.0], [2.0])) == "?" and verdict((1.0, None, None)) == "?"
-    assert mean_std([0.30, 0.31, 0.32]) == "0.310 ± 0.010" and mean_std([1.0, math.inf]) == "diverged"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

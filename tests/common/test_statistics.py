@@ -19,9 +19,9 @@ from common.statistics import (
     correlation,
     correlation_runs,
     detectable,
-    difference,
     family,
     holm,
+    mean_std,
     percent,
     pooled,
     power,
@@ -84,7 +84,6 @@ def test_compare_agrees_with_scipy():
     assert c.p == pytest.approx(test.pvalue, rel=1e-12) and c.p_holm == c.p
     for low, high, level in ((c.low, c.high, 0.95), (c.low90, c.high90, 0.9)):
         assert (low, high) == pytest.approx(tuple(test.confidence_interval(level)), rel=1e-12)
-    assert difference(X, Y) == pytest.approx((c.effect, c.low, c.high), rel=1e-12)
     assert percent(math.log(1.03)) == pytest.approx(3) and percent(math.log(0.5)) == pytest.approx(-50)
 
 
@@ -130,8 +129,6 @@ def test_not_finite():
 def test_one_seed_and_bad_input():
     c = compare([1.1], [1.0])
     assert c.word == "undecided" and c.effect == pytest.approx(math.log(1.1)) and np.isnan([c.low, c.high, c.p]).all()
-    mean, low, high = difference([1.0], [2.0])
-    assert mean == -1 and math.isnan(low) and math.isnan(high)
     for values, reference in (([1.0, 2.0], [1.0]), ([[1.0]], [[1.0]]), ([], [])):
         with pytest.raises(ValueError, match="values and reference"):
             compare(values, reference)
@@ -410,3 +407,8 @@ def test_runs_that_decide_a_correlation():
     assert np.mean(found) == pytest.approx(0.8, abs=0.03)
     with pytest.raises(ValueError, match="r must be"):
         correlation_runs(0)
+
+
+def test_mean_and_spread_as_text():
+    assert mean_std([0.30, 0.31, 0.32]) == "0.310 ± 0.010" and mean_std([1.0, math.inf]) == "diverged"
+    assert mean_std([0.25]) == "0.25"
