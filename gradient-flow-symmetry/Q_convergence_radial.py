@@ -100,7 +100,7 @@ def judge(outcome):
     times = [t for t in m["flow_time_over_Q"] if t > 0]  # NaN where it does not converge
     ratio = f"{min(times):.3f} to {max(times):.3f}" if times else "none"
     return Verdict(
-        grade(len(times) > 1 and max(times) < 1.1 * min(times), len(times) > 1),
+        grade(len(times) > 1 and max(times) < 1.1 * min(times), False),
         "not in proportion",
         f"All starts compute the same function, and the time to converge is proportional to Q: flow time / Q = {ratio} "
         f"over Q = {m['Q_start'][0]:.2g} to {m['Q_start'][max(len(times) - 1, 0)]:.2g}; Q = {m['Q_start'][-1]:.4g} "
