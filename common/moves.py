@@ -92,7 +92,9 @@ class Meter:
         weights = tuple(W[alive] for W in weights)
         psi = torch.stack([kappa_along(self.M, member, self.x).mean() for member in zip(*weights)]).to(self.x)
         gradient_norm = squared_gradient_norm(weights, self.loss_fn).sqrt()
-        psi_table = curvature(weights, self.x, [M / M.norm() for M in self.elements], ACTIVATION)
+        members = [W.double() for W in weights]  # in float32 γ' of a member that explodes overflows
+        elements = [M.double() / M.norm() for M in self.elements]
+        psi_table = curvature(members, self.x.double(), elements, ACTIVATION).to(psi)
         values[alive] = torch.stack([self.phi(weights), psi, self.loss_fn(weights), gradient_norm, psi_table], 1)
         return values
 

@@ -108,6 +108,15 @@ def test_a_diverged_member_is_reported_as_such(trained):
     assert_close(values[0, 0], meter.phi(weights))
 
 
+def test_a_member_that_explodes_is_measured_and_stops_nobody(trained):
+    weights, draws = trained
+    meter = moves.Meter(draws[0].x, torch.arange(500) % 10, DIMS, 1, 2, torch.Generator())
+    huge = [W * scale for W, scale in zip(weights, (1e17, 1e24, 1e27))]
+    values = meter(tuple(torch.stack(pair) for pair in zip(weights, huge)))
+    assert_close(values[:1], meter(tuple(W[None] for W in weights)))
+    assert (values[1, [1, 4]] >= 0).all(), "both ψ"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The script
 
