@@ -208,13 +208,13 @@ def worst(outcome, key):
 
 
 def judge(outcome):
-    largest = {key: max(worst(outcome, key).values()) for key in TOLERANCES}
+    largest = {key: np.max([*worst(outcome, key).values()]) for key in TOLERANCES}  # NaN stays
     found = protocol.findings(outcome, ARMS, pairs)
     decided = {o: found[pair] for o in outcome.metrics for pair in pairs(o)}
     better, open_ = ([o for o, c in decided.items() if c.word == word] for word in ("better", UNDECIDED))
     exact = all(largest[key] <= tolerance for key, tolerance in TOLERANCES.items())
     word = FAILS if not exact else IN_PART if better else UNDECIDED if open_ else HOLDS
-    limits = f"the teleport is better for {listed(better)}" if better else f"undecided for {listed(open_)}"
+    limits = f"the teleport is better for {listed(better)}" if better else f"for {listed(open_)}"
     said = "; ".join(f"{o} {change(c)}" for o, c in decided.items())
     details, words = list(described(outcome, found)), ", ".join(f"{o} {c.word}" for o, c in decided.items())
     texts = [limits if exact else "the twin is another run", sentence(outcome, largest, said), details]
@@ -281,16 +281,19 @@ def beside_the_prototype(outcome):
     for key, what in (("run", "200 steps"), ("step", "one step")):
         for kind, some in (("descent", twins.DESCENT), ("normalizing", twins.NORMALIZED)):
             each = [x for (o, _), x in worst(outcome, key).items() if twins.OPTIMIZERS[o].exponents == some]
-            agrees, where = max(each) <= TOLERANCES[key], "rescalings of three layers; agreement: both are rounding"
+            agrees, where = (
+                bool(np.max(each) <= TOLERANCES[key]),
+                "rescalings of three layers; agreement: both are rounding",
+            )
             text = f"≤ {PROTOTYPE[key]:.0e}"
-            yield Published(f"{kind}, {what}", text, f"{max(each):.0e}", "a prototype", where, agrees)
+            yield Published(f"{kind}, {what}", text, f"{np.max(each):.0e}", "a prototype", where, agrees)
 
 
 def surprise(outcome, found):
-    effects = [change(found[against("SGD", arm, "best")]) for arm in ("layer rates", "preactivation")]
-    return "Against one tuned rate, rates by layer change SGD's training loss by {}, eight teleports by {}.".format(
-        *effects
-    )
+    if "SGD" not in outcome.metrics:
+        return ""
+    layers, moved = (change(found[against("SGD", arm, "best")]) for arm in ("layer rates", "preactivation"))
+    return f"Against one tuned rate, rates by layer change SGD's training loss by {layers}, teleports by {moved}."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,30 +307,26 @@ def plot(outcome, s, save):
 
 def plot_races(outcome, s):
     """The first run's curves, which lie on each other, and the differences of all runs."""
-    figure, axes = plots.panels(2, len(twins.OPTIMIZERS), width=2.5, height=2.5, sharey="row")
-    looks = {
-        "untouched": ("untouched, one rate", 0, 1.0),
-        "moved": ("rescaled", 6, 5.0),
-        "twin": ("its twin, untouched", 2, 1.5),
-    }
-    steps = np.arange(1, s.race_steps + 1)
-    for column, o in zip(axes.T, twins.OPTIMIZERS):
-        for key, (label, i, width) in looks.items():
-            look = plots.style(i) | {"linewidth": width, "linestyle": "--" if key == "twin" else "-"}
-            column[0].plot(steps - 1, outcome.arrays[f"race.{o}.none/{key}"][:, 0], label=label, **look)
-        for i, decay in enumerate(d for case, d in cases() if case == o):
-            label = "no decay" if decay == "none" else f"decay {decay} the gradient".replace("added", "added to")
-            each = (outcome.arrays[f"race.{o}.{decay}/{key}"].max(1) for key in TOLERANCES)
-            for values, width in zip(each, (1.5, 0.5)):
-                name = label if width > 1 else None
-                column[1].plot(steps, values, label=name, **plots.style(i) | {"linewidth": width})
-        column[0].set(title=o)
-        column[1].set(xlabel="step", yscale="log", ylim=(1e-17, 1e-9))
-        column[1].axhline(TOLERANCES["run"], color="black", linewidth=0.8)
+    figure, axes = plots.panels(2, len(twins.OPTIMIZERS), width=2.5, height=2.5)
+    looks = {"moved": ("rescaled", 6, "-", 5), "twin": ("its twin, untouched", 2, "--", 1.5)}
+    looks["untouched"] = ("untouched, one rate", 0, "-", 0.7)
+    steps, labels = np.arange(1, s.race_steps + 1), ("no decay", "decay added to the gradient", "decay beside it")
+    for (top, bottom), o in zip(axes.T, twins.OPTIMIZERS):
+        for key, (label, i, line, width) in looks.items():
+            look = {"color": plots.COLORS[i], "linestyle": line, "linewidth": width}
+            top.plot(steps - 1, outcome.arrays[f"race.{o}.none/{key}"][:, 0], label=label, **look)
+        for i, (decay, label) in enumerate(zip(twins.DECAYS, labels)):
+            for key, width in (("run", 1.5), ("step", 0.5)) if (o, decay) in cases() else ():
+                values = outcome.arrays[f"race.{o}.{decay}/{key}"].max(1)
+                look = plots.style(i) | {"linewidth": width}
+                bottom.plot(steps, values, label=label if key == "run" else None, **look)
+        top.set(title=o)
+        bottom.set(xlabel="step", yscale="log", ylim=(1e-17, 1e-9))
+        bottom.axhline(TOLERANCES["run"], color="black", linewidth=0.8)
     axes[0, 0].set_ylabel(f"mini-batch loss, {outcome.label}")
     axes[1, 0].set_ylabel("relative difference of weights\n(thin: made in this step)")
-    axes[0, 0].legend(fontsize=7)
-    axes[1, 3].legend(fontsize=7)
+    axes[0, 3].legend(fontsize=6)
+    axes[1, 3].legend(fontsize=6)
     return figure
 
 
