@@ -234,7 +234,8 @@ def readme(judged):
     tables = {
         "findings": markdown(("claim", "verdict", "what decides"), findings),
         "figures": [
-            *markdown(("figure", "`python … --preset paper`", "time"), figures),
+            # Without the outer bars, which Markdown does not need and a count of words does.
+            *(line.strip("| ") for line in markdown(("figure", "`python … --preset paper`", "time"), figures)),
             "",
             f"All of it: {total(records_of(judged))}.",
         ],
