@@ -93,9 +93,9 @@ def experiment(run):
 
 
 def rows(metrics):
-    """(check, Number, ours, does it agree) of every number that was measured."""
+    """(check, key, Number, ours, does it agree) of every number that was measured."""
     return [
-        (check, number, metrics[check][key], number.agrees(metrics[check][key]))
+        (check, key, number, metrics[check][key], number.agrees(metrics[check][key]))
         for check, numbers in NUMBERS.items()
         for key, number in numbers.items()
         if key in metrics[check]
@@ -104,18 +104,24 @@ def rows(metrics):
 
 def judge(outcome):
     m, found = outcome.metrics, rows(outcome.metrics)
-    odd = [(check, number, ours) for check, number, ours, agrees in found if agrees is False]
+    odd = [row for row in found if row[-1] is False]
     whole = [check for check in NUMBERS if check not in [name for name, *_ in odd]]
     decided = sum(agrees is not None for *_, agrees in found)
     limits = f"{listed([check for check in NUMBERS if check not in whole])} not in every number"
     sentence = f"{decided - len(odd)} of {decided} numbers agree, all of {listed(whole)}."
-    details = [f"{number.what}: {ours:.4g}, not {number.text()}." for _, number, ours in odd]
+    details = [f"{n.what}: {ours:.4g}{spread(outcome, c, key)}, not {n.text()}." for c, key, n, ours, _ in odd]
     published = [
         Published(number.what, number.text(), f"{ours:.7g}", "a prototype", setting(check, number), agrees)
-        for check, number, ours, agrees in found
+        for check, _, number, ours, agrees in found
     ]
     word = grade(not odd, 2 * len(whole) > len(NUMBERS))
     return Verdict(word, limits, sentence, [*details, *false(m)], published=published, surprise=slower(m["flow"]))
+
+
+def spread(outcome, check, key):
+    """The same for each initialization, where there are several."""
+    values = outcome.arrays.get(f"{check}/seeds_{key}", ())
+    return f" ({listed([f'{v:.3g}' for v in values])} by initialization)" if len(values) > 1 else ""
 
 
 def setting(check, number):
@@ -162,7 +168,7 @@ def report(outcome, s):
     words = {True: "agrees", False: "differs", None: ""}
     cells = [
         [check, number.what, number.text(), f"{ours:.7g}", words[agrees]]
-        for check, number, ours, agrees in rows(outcome.metrics)
+        for check, _, number, ours, agrees in rows(outcome.metrics)
     ]
     times = ", ".join(f"{check} {seconds:.1f} s" for check, seconds in outcome.timings.items())
     return f"{table(['check', 'number', 'prototype', 'ours', ''], cells)}\n\n{times}"

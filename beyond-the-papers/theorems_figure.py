@@ -14,7 +14,7 @@ def draw(outcome):
         name = "flow" if panel is share else panel.__name__
         arrays = {k.removeprefix(f"{name}/"): v for k, v in outcome.arrays.items() if k.startswith(f"{name}/")}
         panel(ax, arrays, outcome.metrics[name])
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, loc="center left" if panel is group_laws else "best")
     return figure
 
 
@@ -92,7 +92,7 @@ def dot(i, size):
 def group_laws(ax, arrays, _):
     for i, name in enumerate(("preactivation", "postactivation", "rescaling"), 1):
         ax.semilogy(arrays["samples"], arrays[f"{name}_law"], label=name, **plots.style(i, marker=True))
-    ax.axvline(8, color="black", linewidth=0.8, label="as many as units, inputs")
+    ax.axvline(8, color="black", linewidth=0.8)
     ax.set(
         xlabel="samples", ylabel="distance in the weights, relative", title=r"$g_1\cdot(g_2\cdot w)=(g_1g_2)\cdot w$?"
     )
