@@ -99,8 +99,8 @@ class Settings:
 
 
 PAPER = Settings()
-SMALL = dict(dataset="mnist-mini", grid=(1, 3, 10), tuning_seeds=3, side_seeds=4, least=8, when=(0, 2), often=(1, 8))
-QUICK = replace(PAPER, optimizers=("AdaGrad", "momentum"), seeds=10, epochs=4, samples=2000, **SMALL)
+SMALL = dict(dataset="mnist-mini", grid=(1, 3, 10), tuning_seeds=3, side_seeds=3, least=6, when=(0, 2), often=(1,))
+QUICK = replace(PAPER, optimizers=("AdaGrad", "momentum"), seeds=8, epochs=4, samples=2000, teleports=3, **SMALL)
 SMALL |= dict(grid=(1, 3), tuning_seeds=2, side_seeds=1, least=2, when=(0,), often=(1,), samples=400, ascent_steps=2)
 PRESETS = {
     "tiny": replace(PAPER, seeds=2, epochs=3, optimizers=("AdaGrad",), teleports=2, **SMALL),
