@@ -84,7 +84,10 @@ def log_band(ax: plt.Axes, x: Sequence, y: np.ndarray, label: str, i: int) -> No
 
 
 def intervals(ax: plt.Axes, found: Collection, at: Sequence, i: int, label: str, vertical: bool = False) -> None:
-    """Comparisons of logarithms with 95 % intervals, in per cent, at places on the y axis (vertical: on the x axis)."""
+    """Comparisons of logarithms with 95 % intervals, in per cent, at places on the y axis (vertical: on the x axis).
+
+    Horizontally, one that diverged is said in words, and a change beyond a factor of 3 makes the axis logarithmic
+    outside ± 10 %."""
     middle, low, high = (np.array([100 * np.expm1(getattr(c, k)) for c in found]) for k in ("effect", "low", "high"))
     bars, look = [middle - low, high - middle], style(i, marker=True) | {"linestyle": "none"}
     if vertical:
@@ -93,12 +96,20 @@ def intervals(ax: plt.Axes, found: Collection, at: Sequence, i: int, label: str,
     else:
         ax.errorbar(middle, at, xerr=bars, label=label, capsize=2, **look)
         ax.axvline(0, color="black", linewidth=0.8)
+        for y, c in zip(at, found):
+            if np.isnan(c.effect):
+                said = f"diverged in {max(c.diverged)} of {c.n}"
+                place = dict(xytext=(4, 0), textcoords="offset points", va="center")
+                ax.annotate(said, (0, y), xycoords=ax.get_yaxis_transform(), fontsize=6, color=look["color"], **place)
+        if np.nan_to_num(high).max(initial=0) > 200:
+            ax.set_xscale("symlog", linthresh=10)
+            ax.xaxis.get_major_locator().set_params(numticks=5)
 
 
 def tuning_curves(ax: plt.Axes, tuned: Any, names: Sequence[str], baseline: int = 0) -> None:
     """A tuning (common/tuning.py): mean score of every arm at every factor that it tried, as the loss above the
     baseline's best in per cent; each arm's best in a ring, or crossed where it lies at an edge."""
-    reference, highest = tuned.at_best()[baseline].mean(), 0.0
+    reference, lowest, highest = tuned.at_best()[baseline].mean(), 0.0, 0.0
     for a, name in enumerate(names):
         tried = tuned.tried[a]
         x, y = tuned.factors[tried], 100 * np.expm1(tuned.scores[a, tried].mean(-1) - reference)
@@ -106,8 +117,8 @@ def tuning_curves(ax: plt.Axes, tuned: Any, names: Sequence[str], baseline: int 
         best, look = y[(x == tuned.factors[tuned.best[a]]).argmax()], {"markerfacecolor": "none", "markersize": 8}
         mark = "o" if tuned.interior[a] else "x"
         ax.plot(tuned.factors[tuned.best[a]], best, mark, color=COLORS[a % len(COLORS)], **look)
-        highest = max(highest, np.nan_to_num(best))
-    ax.set(xscale="log", xlabel="learning rate / published", ylim=(None, max(30.0, 2 * highest)))
+        lowest, highest = min(lowest, np.nan_to_num(best)), max(highest, np.nan_to_num(best))
+    ax.set(xscale="log", xlabel="learning rate / published", ylim=(1.2 * lowest - 3, max(30.0, 2 * highest)))
 
 
 class _FewDecades(matplotlib.ticker.MaxNLocator):

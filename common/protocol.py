@@ -168,13 +168,14 @@ def plot_controls(outcome: Outcome, found: dict, names: Sequence[str], more: int
         for k, rate in enumerate(RATES):
             each = [found[against(case, name, rate)] for name in names[1:]]
             plots.intervals(column[0], each, np.arange(len(each)) + 0.24 * k - 0.12, k, f"{rate} rate")
-        column[0].set(title=case, xlabel="training loss against the baseline's, %")
+        column[0].set_title(case)
+        column[0].set_xlabel("loss against the baseline's, %", fontsize=9)
         column[0].set_yticks(range(len(names) - 1), names[1:], fontsize=8)
         column[0].invert_yaxis()
         plots.tuning_curves(column[1], Tuned.load(outcome.arrays, f"tuning.{case}/"), names)
-    axes[1, 0].set_ylabel(f"above the baseline's best, %,\n{outcome.label}")
+    axes[1, 0].set_ylabel(f"above the baseline's best, %,\n{outcome.label}".rstrip(",\n"))
     axes[0, -1].legend(fontsize=7)
-    axes[1, -1].legend(fontsize=6)
+    figure.legend(*axes[1, -1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure, axes
 
 
