@@ -336,20 +336,20 @@ def plot_controls(outcome, s):
     """All held-out problems: both kinds of meta-optimizers with their controls, every meta-seed, and the drift."""
     figure, ((rates, updates), (seeds, drift)) = plots.panels(2, 2, width=4.8, height=3.6)
     steps = np.arange(s.steps + 1)
-    lr = [arm.name for arm in PARTS["lr"]]
-    update = [arm.name for key, stack in PARTS.items() if key != "lr" for arm in stack]
-    for ax, names in ((rates, ["GD", CLAMP, *lr]), (updates, ["GD", *update])):
-        for i, name in enumerate(names):
-            plots.log_band(ax, steps, curves(outcome, name), name, i)
-        ax.set(xlabel="Step", ylabel=f"Loss ({s.seeds} problems)", yscale="log")
+    unlearned = curves(outcome, CLAMP)  # nearly what all have learned: relative to it they do not coincide
+    for ax, kind in ((rates, "lr"), (updates, "update")):
+        for i, arm in enumerate((arm for key in PARTS if key.startswith(kind) for arm in PARTS[key]), 1):
+            plots.log_band(ax, steps, curves(outcome, arm.name) / unlearned, arm.name, i)
+        ax.axhline(1, color="black", linewidth=0.8)
+        ax.set(xlabel="Step", ylabel=f"Loss / loss of {CLAMP}\n({s.seeds} problems)")
+        plots.log_loss(ax)
         ax.legend(fontsize=6)
     names = [name for _, _, name in arms()]
     for key, a, name in arms():
         final = np.log(outcome.arrays[f"{key}/loss"][a, :, :, -1].astype(float)).mean(-1)
-        row = [names.index(name)] * len(final)
-        seeds.plot(np.exp(final), row, "o", color="#999999", markersize=5)
-        c = outcome.arrays[f"{key}/chosen"][a]
-        seeds.plot(np.exp(final[c]), row[0], "D", color="#000000", markersize=5)
+        row, chosen = names.index(name), outcome.arrays[f"{key}/chosen"][a]
+        seeds.plot(np.exp(final), [row] * len(final), "o", color="#999999", markersize=5)
+        seeds.plot(np.exp(final[chosen]), row, "D", color="#000000", markersize=5)
         if key != "gd" and outcome.arrays[f"{key}/drift"][a].any():
             i = 1 + [n for k, _, n in arms() if k != "gd"].index(name)  # black is GD, above
             drift.plot(steps[:-1], outcome.arrays[f"{key}/drift"][a].max(0), label=name, **plots.style(i))
