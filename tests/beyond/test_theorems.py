@@ -117,7 +117,9 @@ def batch(n=12):
 
 def test_the_corner_has_the_largest_gradient_of_all():
     step = networks.TunedStep(54321, *batch())
+    step.W = step.at(2 * normal(5, 26))  # on either side of its minimum, unit by unit
     t = step.corner(2.0)
+    assert {-1, 1} == set(t[:16].sign().tolist()) == set(t[16:].sign().tolist())
     assert t.abs().allclose(torch.full_like(t, math.log(2)))
     largest, loss = step.norm(step.at(t)), step.loss(step.W)
     torch.testing.assert_close(step.loss(step.at(t)), loss, rtol=1e-12, atol=0)
