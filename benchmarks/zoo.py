@@ -249,7 +249,7 @@ def measured(make, inputs):
     generator, before = torch.Generator().manual_seed(1), output()
     tangents = []
     for s in teleporter.symmetries:
-        T = torch.randn(s.shape, generator=generator, dtype=torch.float64)
+        T = s.tangent(torch.randn(s.shape, generator=generator, dtype=torch.float64))
         tangents.append(T.sign() if s.kind == "rescale" else T / torch.linalg.matrix_norm(T, ord=2)[..., None, None])
     half = half_moved(model, teleporter.symmetries, tangents, before, output)
     teleporter.apply(tangents)

@@ -15,6 +15,12 @@ writers by M and the readers by M^-T, so that what passes between them stays the
     "attention"   M in GL(d_head), one per head: queries write and keys read, since q·k is preserved; values write and
                   the output projection reads.
     "linear"      M in GL(r) between two linear maps with nothing in between (LoRA, low-rank factors). With inputs.
+    "rotary"      M = a R(θ) for each pair of entries that rotary positions rotate: queries write and keys read. It
+                  commutes with the positions' own rotations; a normalization of queries and keys forbids it.
+    "stream"      M in O(d) on the residual stream of a transformer whose norms are RMSNorms: embeddings and output
+                  projections write, what comes after the norms reads. Gains γ stay, and readers move by γ M^T γ^-1: no
+                  gain has to be folded, and −T moves back. LayerNorm forbids it. Gradient norms do not feel it, so that
+                  only other objectives move along it: Adam's look-ahead, your own.
 
 With `inputs=`, one real run is followed operation by operation, whatever the model is written in: products (SwiGLU),
 concatenations, grouped convolutions, gains, attention in any form. Without, the graph that torch.fx finds is searched.
@@ -43,7 +49,17 @@ its inputs on a batch do not reach.
 from teleporter.level_set import level_set_teleport
 from teleporter.low_rank import LowRankRotation
 from teleporter.null_space import null_space_teleport
+from teleporter.rotations import Rotary, Stream
 from teleporter.symmetry import Attention, Pair
 from teleporter.teleporter import Teleporter
 
-__all__ = ["Attention", "LowRankRotation", "Pair", "Teleporter", "level_set_teleport", "null_space_teleport"]
+__all__ = [
+    "Attention",
+    "LowRankRotation",
+    "Pair",
+    "Rotary",
+    "Stream",
+    "Teleporter",
+    "level_set_teleport",
+    "null_space_teleport",
+]

@@ -1,6 +1,5 @@
 """What moves and what is left alone: as data, and as the few lines that a reader wants."""
 
-import math
 import re
 from collections import defaultdict
 
@@ -9,7 +8,7 @@ _WIDTH, _LINES = 100, 15
 
 def rows(symmetries: list, left_alone: dict) -> list[dict]:
     """One row a symmetry, with its dimension in the orbit, then one for each output that is left alone, with why."""
-    moving = [(s.kind, s.name, tuple(s.shape), math.prod(s.shape), None) for s in symmetries]
+    moving = [(s.kind, s.name, tuple(s.shape), s.dimension, None) for s in symmetries]
     staying = [("left alone", name, (), 0, reason) for name, reason in left_alone.items()]
     return [dict(zip(("kind", "name", "shape", "dimension", "reason"), row)) for row in moving + staying]
 

@@ -53,7 +53,7 @@ def line_search_decrease(
     C = dict(zip(parameters, covectors(found, outputs, tuple(parameters.values()))))
     power = 1 if adaptive else 2  # pulled back, the direction moves by the inverse of the element, or by its square
     C, u = {name: -power * c for name, c in C.items()}, dict(zip(parameters, found.direction))
-    return found.decrease, [reach * s.steepest(s.derivative(C, u)) for s in symmetries]
+    return found.decrease, [reach * s.steepest(s.norm_derivative(C, u)) for s in symmetries]
 
 
 def apart(output: Any) -> Any:
@@ -93,7 +93,7 @@ def _turn(s: Symmetry, W: dict) -> Tensor:
     for slot in s.slots:
         found = slot.product(W[slot.name].double(), W[slot.name].double(), s.kind != "rescale").cpu()
         sizes[slot.reads][: len(found)] += found
-    return balancing(*sizes) if s.kind == "rescale" else balancing_matrix(*sizes)
+    return balancing(*sizes) if s.kind == "rescale" else balancing_matrix(*map(s.tangent, sizes))
 
 
 def _logarithm(P: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_leaves
 
+from teleporter.rotations import trained_gains
 from teleporter.symmetry import HiddenAction, Symmetry
 
 Tensors = Mapping[str, Tensor]  # by the names of parameters
@@ -139,6 +140,9 @@ def transport(
         if p.grad is not None and p.grad.is_sparse:
             p.grad = _sparse_moved(p.grad, lambda dense, name=name: act({name: dense}, "gradients"))
     act({n: p.grad for n, p in parameters.items() if p.grad is not None and not p.grad.is_sparse}, "gradients")
+    for s in symmetries:
+        if s.kind == "stream":
+            s.regain(parameters)
     for copy in averages:
         act(copy, "weights")
     resolve_unknown(parameters, optimizers, on_unknown)
@@ -205,10 +209,13 @@ def notes(parameters: Tensors, optimizers: Optimizers, symmetries: Sequence[Symm
     found, names = {}, {id(p): name for name, p in parameters.items()}
     mixing = sorted({s.kind for s in symmetries if s.kind != "rescale"})
     mixed = {slot.name for s in symmetries if s.kind != "rescale" for slot in s.slots}
+    gains = trained_gains(symmetries)
     for o in optimizers:
         kind = type(o).__name__
         for group in o.param_groups:
             for p in group["params"]:
+                if id(p) in gains and (group.get("momentum") or not isinstance(o, optim.SGD)):
+                    found[f"{kind}: what it remembers of the gains of norms stays where a stream rotates"] = 0.0
                 if id(p) not in names:
                     continue
                 state = o.state.get(p, {})

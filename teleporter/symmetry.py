@@ -1,6 +1,7 @@
 """What a symmetry is: a hidden space, the parts of parameters that write into it and read from it, and its elements."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -71,12 +72,31 @@ class Rows(NamedTuple):
 
 
 class Symmetry(NamedTuple):
-    """A hidden space. Its elements are exp(T), T of this shape: (size,) for "rescale", otherwise (groups, d, d)."""
+    """A hidden space. Its elements are exp(T), T of this shape: (size,) for "rescale", otherwise (groups, d, d).
+
+    Rotations (rotations.py) take only some T of that shape.
+    """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     slots: tuple[Slot | Entries | Rows, ...]
+
+    @property
+    def dimension(self) -> int:
+        """How many numbers a tangent has to choose."""
+        return math.prod(self.shape)
+
+    def tangent(self, D: Tensor) -> Tensor:
+        """The nearest tangent: D itself, where every D of this shape is one."""
+        return D
+
+    def check(self) -> None:
+        """Raises ValueError if the model's present numbers forbid a move."""
+
+    def factors(self, slot: Slot | Entries | Rows, M: Tensor, dual: Tensor) -> tuple[Tensor, Tensor]:
+        """What the weights of a slot are multiplied by, and what gradients of them are; dual = M^-T."""
+        return (dual, M) if slot.reads else (M, dual)
 
     def act_(self, tensors: dict, T: Tensor, like: str = "weights") -> None:
         """Move {parameter name: tensor or None} in place by exp(T), T float64 on the CPU; -T is the exact inverse.
@@ -89,17 +109,14 @@ class Symmetry(NamedTuple):
             M, dual = T.exp(), (-T).exp()
         else:
             M, dual = torch.linalg.matrix_exp(T), torch.linalg.matrix_exp(-T).mT
-        if like != "weights":
-            M, dual = dual, M
-        if like == "squares":
-            M, dual = M**2, dual**2
         for slot in self.slots:
             if tensors.get(slot.name) is None:
                 continue
-            x = tensors[slot.name]
+            x, factor = tensors[slot.name], self.factors(slot, M, dual)[like != "weights"]
+            factor = factor**2 if like == "squares" else factor
             wide = x.float() if x.dtype.itemsize < 4 else x  # half precision rounds once, at the end
             with full_precision(x):
-                slot.act_(wide, (dual if slot.reads else M).to(wide))
+                slot.act_(wide, factor.to(wide))
             if wide is not x:
                 x.copy_(wide)
 
@@ -114,6 +131,11 @@ class Symmetry(NamedTuple):
                 found = slot.product(c, x, self.kind != "rescale").cpu()
             total[: len(found)] += found  # Entries end with the last one that they scale
         return total
+
+    def norm_derivative(self, covectors: dict, vectors: dict) -> Tensor:
+        """The same of what depends on norms alone, and knows no antisymmetric T: not even by rounding."""
+        D = self.derivative(covectors, vectors)
+        return D if self.kind == "rescale" else (D + D.mT) / 2
 
     def steepest(self, D: Tensor) -> Tensor:
         """The symmetric T with singular values up to 1 that maximizes ⟨D, T⟩: the sign of D (as a matrix).
@@ -137,9 +159,22 @@ class HiddenAction(NamedTuple):
     activation: Activation
     U: str
 
+    @property
+    def dimension(self) -> int:
+        """How many numbers a tangent has to choose."""
+        return math.prod(self.shape)
+
     def steepest(self, D: Tensor) -> Tensor:
         """The T of Frobenius norm 1 that maximizes ⟨D, T⟩."""
         return D / D.norm().clamp_min(torch.finfo(D.dtype).tiny)
+
+
+def move_(parameters: dict, symmetries: Iterable[Symmetry], tangents: Iterable[Tensor]) -> None:
+    """Move {name: parameter} in place along each symmetry, if by anything. Raises ValueError for what forbids it."""
+    for s, T in zip(symmetries, tangents):
+        if T.any():
+            s.check()
+            s.act_(parameters, T)
 
 
 # A symmetry, the names of the modules that it needs to itself (None: no need to check), a reason against it or None

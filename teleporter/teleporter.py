@@ -8,18 +8,19 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport import Teleportation, _check_positive, postactivation_action, preactivation_action
-from teleporter import listing, named
+from teleporter import listing, named, rotations
 from teleporter.finder import Finder, exact_candidates
 from teleporter.hidden import act_on_hidden, pull_back
 from teleporter.low_rank import LowRankRotation
 from teleporter.passes import check_loss, gradient, kept_buffers, recorded_inputs, same_randomness, undone_on_error
 from teleporter.state import checked, copies, notes, resolve_unknown, transport
-from teleporter.symmetry import Attention, Pair
+from teleporter.symmetry import Attention, Pair, move_
 from teleporter.verify import (
     called,
     difference,
     fingerprint,
     precision,
+    proper,
     refuse_distributed,
     refuted,
     relative_change,
@@ -27,16 +28,17 @@ from teleporter.verify import (
 )
 
 _ACTIONS = {"preactivation": preactivation_action, "postactivation": postactivation_action}
-_HALVINGS = 10
+_BY_HAND, _HALVINGS = Pair | Attention | rotations.Rotary | rotations.Stream, 10
 
 
 class Teleporter:
     """Moves a model's parameters, in place, along its symmetries to where an objective is larger.
 
-    model: any nn.Module. symmetries: "auto" (all that are exact), or a list of "rescale", "attention" (found in the
-    model), Pair and Attention (given by hand); or ["preactivation"] or ["postactivation"]; or "low_rank" with objective
-    "gradient_eigenbasis" and an optimizer, which rotates the inner spaces of a LoRA (low_rank.py): `step()` then takes
-    nothing and goes between optimizer.step() and zero_grad(), `low_rank` is the LowRankRotation. objective:
+    model: any nn.Module. symmetries: "auto" (all that are exact), or a list of "rescale", "attention", "stream"
+    (found in the model), Pair, Attention, Rotary and Stream (given by hand); or ["preactivation"] or
+    ["postactivation"]; or "low_rank" with objective "gradient_eigenbasis" and an optimizer, which rotates the inner
+    spaces of a LoRA (low_rank.py): `step()` then takes nothing and goes between optimizer.step() and zero_grad(),
+    `low_rank` is the LowRankRotation. objective:
     "gradient_norm", ‖∂L/∂W‖² over all trainable parameters; "line_search_decrease", what the best first step of the
     optimizer gains by Gauss-Newton; "look_ahead", minus the loss after some of its steps; "balance", −Σ‖W‖², which goes
     to its maximum at once, whatever the bound; or objective(loss, parameters) -> scalar, parameters {name: tensor},
@@ -86,8 +88,8 @@ class Teleporter:
         if on_unknown_state not in (None, "keep", "reset"):
             raise ValueError(f'on_unknown_state must be None, "keep" or "reset", got {on_unknown_state!r}')
         for item in items:
-            if not isinstance(item, Pair | Attention) and item not in ("auto", "rescale", "attention", *_ACTIONS):
-                raise ValueError(f"symmetries: {item!r} is neither a kind of symmetry nor a Pair or Attention")
+            if not isinstance(item, _BY_HAND) and item not in ("auto", "rescale", "attention", "stream", *_ACTIONS):
+                raise ValueError(f"symmetries: {item!r} is no kind of symmetry, Pair, Attention, Rotary or Stream")
         self.action = next((_ACTIONS[item] for item in items if isinstance(item, str) and item in _ACTIONS), None)
         if self.action is not None and len(items) > 1:
             raise ValueError("symmetries: a data-dependent action must stand alone")
@@ -116,6 +118,7 @@ class Teleporter:
         self.symmetries, self.left_alone = [], {}
         by_hand = [finder.pair(item) for item in items if isinstance(item, Pair)]
         by_hand += [h for item in items if isinstance(item, Attention) for h in finder.attention(item)]
+        by_hand += rotations.by_hand(finder, items)
         for candidates, wanted in ((found, False), (by_hand, True)):
             for symmetry, modules, reason in candidates:
                 reason = reason or (finder.obstacle(symmetry.slots, modules) if modules is not None else None)
@@ -249,17 +252,14 @@ class Teleporter:
         """Move by exp(T), one T (Symmetry.shape, used in float64) for each exact symmetry; -T moves back exactly.
 
         inputs: as of `step`. If given, the symmetries are tried first and the outputs compared. Raises ValueError for
-        tangents of other shapes, not finite or beyond total_bound since the start; RuntimeError (parameters restored)
-        for a model that was changed after the Teleporter was made, and for outputs that moved.
+        tangents of other shapes, not finite, none of their symmetry (its `tangent(T)` is one) or beyond total_bound
+        since the start; RuntimeError (parameters restored) for a model that was changed after the Teleporter was made,
+        and for outputs that moved.
         """
         self._refuse_rotations()
         if self.action is not None:
             raise ValueError("a data-dependent action has no meaning without data: use step")
-        tangents = [torch.as_tensor(T, dtype=torch.float64, device="cpu").detach() for T in tangents]
-        if [tuple(T.shape) for T in tangents] != [s.shape for s in self.symmetries]:
-            raise ValueError(f"tangents must have the shapes {[s.shape for s in self.symmetries]}")
-        if not all(T.isfinite().all() for T in tangents):
-            raise ValueError("tangents must be finite")
+        tangents = proper(tangents, self.symmetries)
         count = len(self.symmetries)
         self._verify(inputs)
         if len(self.symmetries) != count:
@@ -314,11 +314,11 @@ class Teleporter:
         self._refuse_rotations()
         self._verify(None)
         while self.moves:
-            symmetries, tangents = zip(*self.moves.pop())
+            symmetries, tangents = zip(*self.moves[-1])
             tangents = [-T for T in tangents]
-            with torch.no_grad():
-                for s, T in zip(symmetries, tangents):
-                    s.act_(self.parameters, T)
+            with torch.no_grad(), undone_on_error(self._moving()):
+                move_(self.parameters, symmetries, tangents)
+            self.moves.pop()
             self._transport(symmetries, tangents)
         self.totals = {}
 
@@ -355,8 +355,7 @@ class Teleporter:
     def _move(self, tangents, hidden=None):
         """Move the parameters; False if a data-dependent action cannot take that step."""
         if self.action is None:
-            for s, T in zip(self.symmetries, tangents):
-                s.act_(self.parameters, T)
+            move_(self.parameters, self.symmetries, tangents)
             return True
         try:
             moved = act_on_hidden(self.action, self.symmetries, self.parameters, tangents, hidden)
@@ -389,7 +388,7 @@ class Teleporter:
         if not derivative:
             return loss.detach(), value.detach()
         if by_transport:  # ‖M^-T G‖²: gradients move against the weights
-            tangents = [s.derivative({n: -2 * g for n, g in G.items()}, G) for s in self.symmetries]
+            tangents = [s.norm_derivative({n: -2 * g for n, g in G.items()}, G) for s in self.symmetries]
         else:
             C = gradient(value, W)
             if self.action is not None:

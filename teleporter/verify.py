@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from teleporter.passes import kept_attributes, same_randomness
+from teleporter.rotations import still_gains
 from teleporter.symmetry import Symmetry
 
 
@@ -41,6 +42,19 @@ def called(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
+def proper(tangents: Sequence, symmetries: Sequence[Symmetry]) -> list[Tensor]:
+    """The tangents in float64. Raises ValueError for other shapes, what is not finite, and what leaves the symmetry."""
+    tangents = [torch.as_tensor(T, dtype=torch.float64, device="cpu").detach() for T in tangents]
+    if [tuple(T.shape) for T in tangents] != [s.shape for s in symmetries]:
+        raise ValueError(f"tangents must have the shapes {[s.shape for s in symmetries]}")
+    for s, T in zip(symmetries, tangents):
+        if not T.isfinite().all():
+            raise ValueError("tangents must be finite")
+        if (s.tangent(T) - T).norm() > 1e-9 * T.norm():
+            raise ValueError(f"tangents: {s.name} moves along its tangent(T) only, this T is not one")
+    return tangents
+
+
 def tensors_of(output: Any) -> list[Tensor]:
     """Copies of the floating-point tensors in a model's output, whatever container holds them."""
     leaves = tree_leaves(vars(output) if hasattr(output, "__dataclass_fields__") else output)
@@ -59,15 +73,16 @@ def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 
 @contextmanager
-def _disturbed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """The model with other weights: a layer that starts at zero would hide what reads it. dtype: None keeps its own."""
+def _disturbed(model: nn.Module, dtype: torch.dtype | None, still: Collection[int]) -> Iterator[None]:
+    """The model with other weights: a layer that starts at zero would hide what reads it. dtype: None keeps its own;
+    still: ids of what keeps its numbers."""
     parameters = {id(p): p for p in model.parameters()}.values()
     before = [(t, t.data) for t in [*parameters, *model.buffers()] if t.is_floating_point()]
     generator = torch.Generator("cpu").manual_seed(0)
     try:
         for t, data in before:
             t.data = data.to(dtype or data.dtype, copy=True)
-            if isinstance(t, nn.Parameter) and not t.is_meta:
+            if isinstance(t, nn.Parameter) and not t.is_meta and id(t) not in still:
                 noise = torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu")
                 t.data += (0.1 * (data.abs().mean() + 0.1) * noise.to(data.device)).to(t.dtype)
         yield
@@ -101,7 +116,7 @@ def _tried(
 ) -> dict[str, float]:
     options = {"generator": torch.Generator("cpu").manual_seed(1), "dtype": torch.float64, "device": "cpu"}
     random = [2 * torch.rand(s.shape, **options) - 1 for s in symmetries]
-    random = [T if s.kind == "rescale" else T / s.shape[-1] for s, T in zip(symmetries, random)]
+    random = [T if s.kind == "rescale" else s.tangent(T / s.shape[-1]) for s, T in zip(symmetries, random)]
     tolerance = 1e-8 if dtype else max(1e-3, 16 * precision(parameters.values()))
 
     def output() -> list[Tensor]:
@@ -112,7 +127,7 @@ def _tried(
         for s, T in pairs:
             s.act_(parameters, sign * T)
 
-    with _disturbed(model, dtype):
+    with _disturbed(model, dtype, still_gains(symmetries)):
         before, pairs = output(), list(zip(symmetries, random))
         move(pairs)
         if relative_change(before, output()) <= tolerance:
