@@ -89,7 +89,7 @@ class Teleporter:
             raise ValueError(f'on_unknown_state must be None, "keep" or "reset", got {on_unknown_state!r}')
         for item in items:
             if not isinstance(item, _BY_HAND) and item not in ("auto", "rescale", "attention", "stream", *_ACTIONS):
-                raise ValueError(f"symmetries: {item!r} is no kind of symmetry, Pair, Attention, Rotary or Stream")
+                raise ValueError(f"symmetries: {item!r} is neither a kind nor a Pair, Attention, Rotary or Stream")
         self.action = next((_ACTIONS[item] for item in items if isinstance(item, str) and item in _ACTIONS), None)
         if self.action is not None and len(items) > 1:
             raise ValueError("symmetries: a data-dependent action must stand alone")
