@@ -132,31 +132,26 @@ def test_sampling(effects, n, sd, word, limits):
     assert [row.published for row in verdict.published] == [0.5109, 0.5323, 0.5403]
 
 
-SLOW = {"baseline": 0.1, "lr x3": 0.1}
+CASES = ("narrow SGD", "wide AdaGrad")
 
 
 @pytest.mark.parametrize(
-    "narrow, wide, n, sd, word",
+    "effects, n, sd, word",
     [
-        (SLOW, SLOW, 10, 0.01, "holds"),
-        (SLOW | {"lr x3": -0.1}, SLOW, 10, 0.01, "holds in part"),
-        (SLOW, {}, 20, 0.005, "holds in part"),
-        ({}, {}, 20, 0.005, "does not hold"),
-        ({}, {}, 4, 0.1, "undecided"),
+        (everywhere(CASES, "postactivation"), 20, 0.01, "holds"),
+        (everywhere(CASES[:1], "postactivation"), 20, 0.005, "holds in part"),
+        ({}, 20, 0.005, "does not hold"),
+        (everywhere(CASES, "postactivation", rates=("published",)), 20, 0.005, "does not hold"),  # a rate does it
+        (everywhere(CASES, "postactivation") | everywhere(CASES, "random"), 20, 0.005, "does not hold"),
+        ({}, 4, 0.1, "undecided"),
     ],
 )
-def test_classification(narrow, wide, n, sd, word):
-    arrays, drift = {}, {"largest_relative_drift": 0.0, "whole_loss_drift": np.zeros(n)}
-    for case, effects in (("narrow_SGD", narrow), ("wide_SGD", wide)):
-        losses = curves(effects, classification.ARMS, n, sd)
-        arrays[f"{case}/train_loss"] = np.stack([losses[arm] for arm in classification.ARMS])
-    metrics = {case: dict.fromkeys(classification.ARMS, drift) for case in ("narrow_SGD", "wide_SGD")}
+def test_classification(effects, n, sd, word):
+    arrays, metrics = planted(classification.ARMS, CASES, effects, n, sd)
+    arrays |= {f"moves.{case}/losses": np.ones((len(classification.ARMS), 2, n, 3, 2, 2)) for case in CASES}
     verdict = classification.judge(Outcome(metrics, arrays, list(range(n)), label="MNIST"))
     assert verdict.word == word
-    if word == "holds in part":
-        assert "threefold" in verdict.limits and verdict.limits.startswith(
-            "narrow SGD" if not wide else "narrow SGD, wide"
-        )
+    assert word != "holds in part" or verdict.limits == "narrow SGD only"
 
 
 @pytest.mark.parametrize(
