@@ -27,12 +27,12 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import torch
+from matplotlib.ticker import NullFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rescalings  # noqa: E402
-from rescalings import BALANCED, NETWORKS, OBJECTIVES, RATES  # noqa: E402
+from rescalings import ARMS, BALANCED, NETWORKS, OBJECTIVES, RATES  # noqa: E402
 
 from common import cli, plots  # noqa: E402
 from common.claims import (  # noqa: E402
@@ -44,7 +44,6 @@ from common.claims import (  # noqa: E402
     change,
     graded,
     listed,
-    median,
     settle,
     table,
 )
@@ -70,10 +69,10 @@ CLAIM = Claim(
     dated="2026-11-30",
     source="Ours",
 )
-ARMS = ("baseline", *OBJECTIVES, "random", "per_layer")
 INITS = ("published", "He", "layer", "units")
 BAD = ("layer", "units")
 MEASURES = ("train", "test")
+TICKS = (-30, -10, -5, 0, 5, 10, 30, 100)
 FASHION = "FashionMNIST"
 
 
@@ -112,7 +111,7 @@ def experiment(run):
     tuning, later = disjoint_seeds(s.tuning_seeds, 2 * s.seeds)
     fresh, new = later[: s.seeds], later[s.seeds :]
     cells = {".".join(cell): cell for cell in product(s.networks, s.inits, s.optimizers)}
-    parts, seconds = run.parts(lambda cell: tune_and_compare(cell, first(run), s, tuning, fresh), cells)
+    parts, seconds = run.parts(lambda cell: rescalings.tune_and_compare(cell, first(run), s, tuning, fresh), cells)
     arrays = {f"{key}/{k}": v for key, part in parts.items() for k, v in part.items()}
     first_look = Outcome({"cells": list(cells)}, arrays, settings=s)
     winners = {key: won for key, found in findings(first_look).items() if (won := beating(found["train"]))}
@@ -120,10 +119,10 @@ def experiment(run):
     def second(job):
         key, dataset = job
         if dataset is None:
-            return twin(cells[key], first(run), s, tuning)
+            return rescalings.twin(cells[key], first(run), s, tuning)
         known = parts[key] if dataset == s.dataset else None
         names = ["look_ahead"] if known is None else winners[key]
-        return compare_again(cells[key], first(run, dataset), s, tuning, new, names, known)
+        return rescalings.compare_again(cells[key], first(run, dataset), s, tuning, new, names, known)
 
     jobs = {f"again.{key}": (key, s.dataset) for key in winners} | {"twin": (next(iter(cells)), None)}
     if s.fashion:
@@ -140,43 +139,6 @@ def first(run, name=None):
     """The data of this name, its first samples to train on and 2,000 to test on."""
     data, n = run.data(name), run.settings.samples
     return data._replace(x=data.x[:n], y=data.y[:n], x_test=data.x_test[:2000], y_test=data.y_test[:2000])
-
-
-def tune_and_compare(cell, data, s, tuning, fresh):
-    """Every arm's best rate on the tuning seeds, and its runs at it on fresh ones."""
-    each = [rescalings.tuned_arm(arm, cell, data, s, tuning) for arm in ARMS[:-1]]
-    last, layers, tried = rescalings.tuned_layers(cell, each[0], data, s, tuning)
-    each.append(last)
-    runs = [rescalings.at_best(cell, arm, t, layers, data, s, fresh) for arm, t in zip(ARMS, each)]
-    counts = [t.tried.sum() * s.tuning_seeds for t in each]
-    counts[-1] += tried * s.search_seeds
-    compared = {key: np.stack([r[key] for r in runs]) for key in runs[0]}
-    return {**compared, **rescalings.joined(each).save("tuning."), "layers": layers, "counts": np.array(counts)}
-
-
-def compare_again(cell, data, s, tuning, new, names, known):
-    """Some arms against per_layer on new seeds: at the rates known, or, on other data, at those tuned there."""
-    arms = (*names, "per_layer")
-    if known is not None:
-        all_, layers = Tuned.load(known, "tuning."), known["layers"]
-        each = [Tuned(all_.factors, *(x[ARMS.index(arm)][None] for x in all_[1:])) for arm in arms]
-    else:
-        baseline = rescalings.tuned_arm("baseline", cell, data, s, tuning)
-        last, layers, _ = rescalings.tuned_layers(cell, baseline, data, s, tuning)
-        each = [*(rescalings.tuned_arm(arm, cell, data, s, tuning) for arm in names), last]
-    runs = [rescalings.at_best(cell, arm, t, layers, data, s, new) for arm, t in zip(arms, each)]
-    return {"train": np.stack([r["train"] for r in runs]), "interior": np.array([t.interior[0] for t in each])}
-
-
-def twin(cell, data, s, seeds):
-    """The teleport to line_search_decrease under SGD, in float64, and its twin: the untouched run with a rate for every
-    unit. Training losses (2, S, epochs), which are the same to rounding."""
-    W = [V.double() for V in rescalings.start(cell[1], (data.features, *NETWORKS[cell[0]], 10), seeds)]
-    data = data._replace(x=data.x.double(), x_test=data.x_test.double())
-    T = rescalings.towards("line_search_decrease", W, data, seeds, s, None, "SGD")
-    rates = torch.full((len(seeds),), RATES["SGD"], dtype=torch.float64)
-    runs = (rescalings.rescaled(W, T), None), (W, rescalings.unit_factors(T))
-    return {"train": torch.stack([rescalings.trained(V, rates, "SGD", data, s, f)["train"] for V, f in runs])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,44 +199,54 @@ def judge(outcome):
 
 
 def sentence(found, won, helped):
-    effects = [percent(found[c]["train"][BALANCED, "baseline"].effect) for c in helped]
     alike = [f for c, f in found.items() if init_of(c) != "units"]
     counts = words(f["train"][o, "per_layer"].word for f in alike for o in OBJECTIVES)
-    units = sum("units" == init_of(c) for c in won)
+    units = sum(init_of(c) == "units" for c in won)
     return (
-        f"Balance against the baseline, training loss, in {len(helped)} badly scaled cells: {headline(found, helped)}, "
-        f"{min(effects):+.1f} to {max(effects):+.1f} %. An objective's teleport against tuned per-layer rates, where "
-        f"units are scaled alike ({len(alike)} cells): {counts}. Where they are not, one is better, twice, in {units} "
-        f"of {len(found) - len(alike)} cells."
+        f"Balance against the baseline, training loss, in {len(helped)} badly scaled cells: {headline(found, helped)}. "
+        f"An objective's teleport against tuned per-layer rates where units are scaled alike ({len(alike)} cells): "
+        f"{counts}. Where they are not, one is better, twice, in {units} of {len(found) - len(alike)} cells."
     )
 
 
 def headline(found, helped):
-    effects = [percent(found[c]["train"][BALANCED, "baseline"].effect) for c in helped]
-    return f"better in {sum(map(bool, helped.values()))} of {len(helped)}, median {median(effects):+.1f} %"
+    each = [found[c]["train"][BALANCED, "baseline"] for c in helped]
+    return f"better in {sum(map(bool, helped.values()))} of {len(helped)}, {spread(each)}"
 
 
 def words(each):
     each = list(each)
-    return ", ".join(f"{each.count(w)} {w}" for w in ("better", "worse", "equivalent", "undecided"))
+    return ", ".join(f"{each.count(w)} {w}" for w in ("better", "worse", "equivalent", "undecided") if w in each)
+
+
+def spread(each):
+    """The least and the largest effect of Comparisons, and how many have none: a run diverged."""
+    effects = sorted(percent(c.effect) for c in each if np.isfinite(c.effect))
+    diverged = f", {len(each) - len(effects)} with diverged runs" if len(effects) < len(each) else ""
+    return (f"{effects[0]:+.1f} to {effects[-1]:+.1f} %" if effects else "none") + diverged
 
 
 def details(outcome, found):
     for other, arms in (("baseline", ARMS[1:]), ("per_layer", OBJECTIVES)):
-        for arm in arms:
-            training, test = ([f[m][arm, other] for f in found.values()] for m in MEASURES)
-            effects = sorted(percent(c.effect) for c in training)
-            yield (
-                f"{arm} against {other}, {len(found)} cells: {words(c.word for c in training)}, median "
-                f"{median(effects):+.1f}, {effects[0]:+.1f} to {effects[-1]:+.1f} %; test loss "
-                f"{words(c.word for c in test)}."
-            )
+        for init in dict.fromkeys(map(init_of, found)):
+            cells = [f for c, f in found.items() if init_of(c) == init]
+            each = {arm: [f["train"][arm, other] for f in cells] for arm in arms}
+            said = (f"{arm} {spread(cs)} ({words(c.word for c in cs)})" for arm, cs in each.items())
+            yield f"{init}, against {other}, {len(cells)} cells: {'; '.join(said)}."
+    for other, arms in (("baseline", ARMS[1:]), ("per_layer", OBJECTIVES)):
+        said = (f"{arm} {words(f['test'][arm, other].word for f in found.values())}" for arm in arms)
+        yield f"Test loss against {other}, {len(found)} cells: {'; '.join(said)}."
     for kind, where in (("again", "new seeds"), ("fashion", "Fashion-MNIST, new seeds")):
         for c in found:
             if each := again(outcome, kind, c):
                 yield f"{c}, {where}, against per_layer: {'; '.join(f'{o} {change(e)}' for o, e in each.items())}."
-    teleported, twin_ = outcome.arrays["twin/train"]
-    yield f"The twin's training loss differs from the teleported run's by {np.abs(twin_ / teleported - 1).max():.0e}."
+    yield from paid(outcome, found)
+
+
+def paid(outcome, found):
+    """What the arms take, and how exact the twin is."""
+    teleported, other = outcome.arrays["twin/train"]
+    yield f"The twin's training loss differs from the teleported run's by {np.abs(other / teleported - 1).max():.0e}."
     runs = np.stack([outcome.arrays[f"{c}/counts"] for c in found])
     one, each = runs[:, :-1].mean(), runs[:, -1].mean()
     yield f"Tuning runs of a cell: {one:.0f} of an arm with one rate, {each:.0f} of per_layer."
@@ -284,29 +256,36 @@ def details(outcome, found):
 
 
 def surprise(found):
-    return ""
+    """By its twin a rescaling of layers is a rate for each: a search finds none as good as the closed form."""
+    each = [f["train"][BALANCED, "per_layer"] for c, f in found.items() if init_of(c) == "layer"]
+    better = [c for c in each if c.word == "better"]
+    if not better:
+        return ""
+    return (
+        f"Rates of layers could undo a layer × 16; a search with twice an arm's runs finds worse ones than balance has "
+        f"in closed form in {len(better)} of {len(each)} cells: {spread(each)}."
+    )
 
 
-# Of an independent prototype, mnist-mini and MNIST, SGD: change of the training loss by gradient_norm after an epoch.
+# Of an independent prototype, mnist-mini and MNIST, SGD: change of the training loss by a teleport after an epoch.
+SMALL, DEEP = NETWORKS
 PROTOTYPE = {
-    ("784-16-10-10.published.SGD", 1): ("−6 %", None),
-    ("784-16-10-10.published.SGD", 3): ("about 0", None),
-    ("784-32-32-32-32-10.published.SGD", 1): ("−20.5 ± 2.0 %", (-22.5, -18.5)),
-    ("784-32-32-32-32-10.published.SGD", 3): ("−13.1 ± 2.3 %", (-15.4, -10.8)),
+    (f"{SMALL}.published.SGD", "gradient_norm", 1): ("−6 %", None),
+    (f"{DEEP}.published.SGD", "gradient_norm", 1): ("−20.5 ± 2.0 %", (-22.5, -18.5)),
+    (f"{DEEP}.published.SGD", BALANCED, 1): ("−32 to −43 % (another that shrinks lower layers)", None),
+    (f"{DEEP}.He.SGD", BALANCED, 1): ("−1 to −2.5 % (the same)", None),
 }
 
 
 def prototype(outcome, found):
     """Its numbers beside ours; they agree if the 95 % intervals overlap."""
     source, setting = "a prototype", "other batches and seeds"
-    for (cell, epoch), (value, interval) in PROTOTYPE.items():
+    for (cell, arm, epoch), (value, interval) in PROTOTYPE.items():
         if cell in found and epoch <= outcome.settings.epochs:
-            mine, theirs = (
-                outcome.arrays[f"{cell}/train"][ARMS.index(a), :, epoch - 1] for a in ("gradient_norm", "baseline")
-            )
+            mine, theirs = (outcome.arrays[f"{cell}/train"][ARMS.index(a), :, epoch - 1] for a in (arm, "baseline"))
             c = compare(mine, theirs)
             agrees = interval and bool(percent(c.low) <= interval[1] and interval[0] <= percent(c.high))
-            yield Published(f"{cell}: gradient_norm, after epoch {epoch}", value, change(c, 1), source, setting, agrees)
+            yield Published(f"{cell}: {arm}, after epoch {epoch}", value, change(c, 1), source, setting, agrees)
     for arm, value in (("baseline", "+15 to +200 %"), (BALANCED, "repaired")):
         pairs = [
             (c, ".".join((c.split(".")[0], "He", "SGD"))) for c in found if c.endswith("SGD") and init_of(c) in BAD
@@ -335,14 +314,14 @@ def plot(outcome, s, save):
 
 def plot_map(found, s):
     """Every arm against the baseline: a panel for each network and optimizer, a row for each initialization."""
-    figure, axes = plots.panels(len(s.networks), len(s.optimizers), width=5.2, height=0.9 + 0.5 * len(s.inits))
+    figure, axes = plots.panels(len(s.networks), len(s.optimizers), width=5.2, height=1.3 + 0.45 * len(s.inits))
     for ax, (network, optimizer) in zip(axes.flat, product(s.networks, s.optimizers)):
         rows = [[found[f"{network}.{i}.{optimizer}"]["train"][arm, "baseline"] for arm in ARMS[1:]] for i in s.inits]
         effects = np.array([[percent(c.effect) for c in row] for row in rows])
         ax.imshow(effects, cmap="RdBu_r", vmin=-40, vmax=40, aspect="auto")
         for (i, a), effect in np.ndenumerate(effects):
             dark = {"color": "white" if abs(effect) > 28 else "black", "ha": "center", "va": "center", "fontsize": 7}
-            ax.text(a, i, f"{effect:+.1f} %\n{rows[i][a].word}", **dark)
+            ax.text(a, i, f"{said(rows[i][a])}\n{rows[i][a].word}", **dark)
         ax.set_xticks(range(len(ARMS) - 1), [arm.replace("_", "\n") for arm in ARMS[1:]], fontsize=7)
         ax.set_yticks(range(len(s.inits)), s.inits, fontsize=8)
         ax.grid(False)
@@ -361,8 +340,10 @@ def plot_against_layers(found, s):
         ax.set_yticks(range(len(OBJECTIVES)), OBJECTIVES, fontsize=8)
         ax.set_title(f"{network}, {optimizer}", fontsize=9)
         ax.set_xlabel("training loss against per_layer's, %")
+        ax.set_xscale("symlog", linthresh=10, linscale=2)
+        ax.set_xticks(TICKS, map(str, TICKS), fontsize=8)
     axes[0, 0].invert_yaxis()
-    axes[0, -1].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -373,17 +354,22 @@ def plot_tuning(outcome, s):
         tuned = Tuned.load(outcome.arrays, f"{network}.{init}.{optimizer}/tuning.")
         plots.tuning_curves(axes[i, j], tuned, ARMS)
         axes[i, j].set_title(f"{network},\n{init}, {optimizer}", fontsize=8)
-        axes[i, j].set_xlabel(f"(first layer's) rate / {RATES[optimizer]:g}", fontsize=8)
+        axes[i, j].set_xlabel(f"rate (per_layer: the first layer's) / {RATES[optimizer]:g}", fontsize=7)
+        axes[i, j].xaxis.set_minor_formatter(NullFormatter())
     figure.supylabel("above the baseline's best, %", fontsize=9)
-    axes[0, -1].legend(fontsize=6)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=8)
     return figure
+
+
+def said(c):
+    return f"{percent(c.effect):+.1f} %" if np.isfinite(c.effect) else "diverged,"
 
 
 def report(outcome, s):
     found, rows = findings(outcome), []
     for cell, f in found.items():
         for m, other, arms in (("train", "baseline", ARMS[1:]), ("train", "per_layer", OBJECTIVES)):
-            cells = (f"{percent(f[m][a, other].effect):+.1f} {f[m][a, other].word}" for a in arms)
+            cells = (f"{said(f[m][a, other])} {f[m][a, other].word}" for a in arms)
             rows.append([f"{cell}, against {other}", *cells, *[""] * (len(ARMS) - 1 - len(arms))])
     drift = max(np.nanmax(np.abs(a[..., 1] / a[..., 0] - 1)) for k, a in outcome.arrays.items() if k.endswith("/drift"))
     return (

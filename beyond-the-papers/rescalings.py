@@ -44,6 +44,7 @@ NETWORKS = {"784-16-10-10": (16, 10), "784-32-32-32-32-10": (32, 32, 32, 32)}
 RATES = {"SGD": 0.08, "momentum": 0.008, "Adam": 0.002}  # × 1 of the grid
 RUNGS = 16  # of the grid on either side of × 1, after which the tuning gives up
 STRIDES = (4, 2, 1)  # of the search for per-layer rates, in powers of 2
+ARMS = ("baseline", *OBJECTIVES, "random", "per_layer")
 RULES = {"SGD": descent, "momentum": partial(descent, momentum=0.9), "Adam": adam}
 
 
@@ -263,3 +264,40 @@ def joined(each):
         scores[a, place], tried[a, place] = t.scores[0], t.tried[0]
     best = np.array([place[t.best[0]] for t, place in zip(each, places)])
     return Tuned(factors, scores, tried, best, np.array([t.interior[0] for t in each]))
+
+
+def tune_and_compare(cell, data, s, tuning, fresh):
+    """Every arm's best rate on the tuning seeds, and its runs at it on fresh ones."""
+    each = [tuned_arm(arm, cell, data, s, tuning) for arm in ARMS[:-1]]
+    last, layers, tried = tuned_layers(cell, each[0], data, s, tuning)
+    each.append(last)
+    runs = [at_best(cell, arm, t, layers, data, s, fresh) for arm, t in zip(ARMS, each)]
+    counts = [t.tried.sum() * s.tuning_seeds for t in each]
+    counts[-1] += tried * s.search_seeds
+    compared = {key: np.stack([r[key] for r in runs]) for key in runs[0]}
+    return {**compared, **joined(each).save("tuning."), "layers": layers, "counts": np.array(counts)}
+
+
+def compare_again(cell, data, s, tuning, new, names, known):
+    """Some arms against per_layer on new seeds: at the rates known, or, on other data, at those tuned there."""
+    arms = (*names, "per_layer")
+    if known is not None:
+        all_, layers = Tuned.load(known, "tuning."), known["layers"]
+        each = [Tuned(all_.factors, *(x[ARMS.index(arm)][None] for x in all_[1:])) for arm in arms]
+    else:
+        baseline = tuned_arm("baseline", cell, data, s, tuning)
+        last, layers, _ = tuned_layers(cell, baseline, data, s, tuning)
+        each = [*(tuned_arm(arm, cell, data, s, tuning) for arm in names), last]
+    runs = [at_best(cell, arm, t, layers, data, s, new) for arm, t in zip(arms, each)]
+    return {"train": np.stack([r["train"] for r in runs]), "interior": np.array([t.interior[0] for t in each])}
+
+
+def twin(cell, data, s, seeds):
+    """The teleport to line_search_decrease under SGD, in float64, and its twin: the untouched run with a rate for every
+    unit. Training losses (2, S, epochs), which are the same to rounding."""
+    W = [V.double() for V in start(cell[1], (data.features, *NETWORKS[cell[0]], 10), seeds)]
+    data = data._replace(x=data.x.double(), x_test=data.x_test.double())
+    T = towards("line_search_decrease", W, data, seeds, s, None, "SGD")
+    rates = torch.full((len(seeds),), RATES["SGD"], dtype=torch.float64)
+    runs = (rescaled(W, T), None), (W, unit_factors(T))
+    return {"train": torch.stack([trained(V, rates, "SGD", data, s, f)["train"] for V, f in runs])}
