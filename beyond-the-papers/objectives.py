@@ -188,12 +188,13 @@ def judge(outcome):
     found = findings(outcome)
     helped = {c: settle([f["train"][BALANCED, "baseline"].word]) for c, f in found.items() if init_of(c) in BAD}
     won = {c: names for c, names in surviving(outcome, found).items() if names}
-    beaten = [f"{o} in {c}" for c, names in won.items() for o in names if init_of(c) != "units"]
+    alike = {o: [c for c, names in won.items() if o in names and init_of(c) != "units"] for o in OBJECTIVES}
+    beaten = [f"{o} in {listed(cells)}" for o, cells in alike.items() if cells]
     word = graded(list(helped.values()))
     word = IN_PART if word == HOLDS and beaten else word
     without = [c for c, answer in helped.items() if not answer]
     limits = [f"balance does not help in {listed(without)}" if without else ""]
-    limits.append(f"better than per-layer rates, twice: {listed(beaten)}" if beaten else "")
+    limits.append(f"better than per-layer rates, twice: {'; '.join(beaten)}" if beaten else "")
     text = sentence(found, won, helped), list(details(outcome, found)), headline(found, helped)
     return Verdict(word, "; ".join(filter(None, limits)), *text, list(prototype(outcome, found)), surprise(found))
 
@@ -250,6 +251,16 @@ def paid(outcome, found):
     runs = np.stack([outcome.arrays[f"{c}/counts"] for c in found])
     one, each = runs[:, :-1].mean(), runs[:, -1].mean()
     yield f"Tuning runs of a cell: {one:.0f} of an arm with one rate, {each:.0f} of per_layer."
+    steps = []
+    for c in found:
+        tuned = Tuned.load(outcome.arrays, f"{c}/tuning.")
+        means = np.sort(np.nan_to_num(tuned.scores.mean(-1), nan=np.inf), axis=1)
+        steps += list(means[:, 1] - means[:, 0])
+    low, middle, high = (percent(x) for x in np.quantile(steps, (0.25, 0.5, 0.75)))
+    yield (
+        f"On the tuning seeds an arm's second-best rate is {middle:.1f} % above its best (quartiles {low:.1f} and "
+        f"{high:.1f}): what is smaller than that may be the choice of a rung."
+    )
     for network, cost in outcome.metrics["costs"].items():
         taken = ", ".join(f"{o} {value:.0f}" for o, value in cost.items())
         yield f"{network}, one teleport in gradients of a mini-batch: {taken}."
@@ -279,7 +290,7 @@ PROTOTYPE = {
 
 def prototype(outcome, found):
     """Its numbers beside ours; they agree if the 95 % intervals overlap."""
-    source, setting = "a prototype", "other batches and seeds"
+    source, setting = "a prototype", "its batches, seeds and grid are not recorded"
     for (cell, arm, epoch), (value, interval) in PROTOTYPE.items():
         if cell in found and epoch <= outcome.settings.epochs:
             mine, theirs = (outcome.arrays[f"{cell}/train"][ARMS.index(a), :, epoch - 1] for a in (arm, "baseline"))

@@ -156,7 +156,10 @@ def planted(effects, spread=0.005, again=0.0, edge=()):
         logs = base + mean + generator.normal(0, spread, (len(mean), 30))
         inside = np.array([(cell, arm) not in edge for arm in objectives.ARMS])
         arrays |= {f"{cell}/train": np.exp(logs)[..., None].repeat(2, -1), f"{cell}/test": np.exp(logs)}
-        arrays |= {f"{cell}/tuning.interior": inside, f"{cell}/counts": np.ones(len(mean))}
+        tuned = Tuned(
+            np.ones(2), np.zeros((len(mean), 2, 4)), np.ones((len(mean), 2)), np.zeros(len(mean), int), inside
+        )
+        arrays |= {f"{cell}/{k}": v for k, v in tuned.save("tuning.").items()} | {f"{cell}/counts": np.ones(len(mean))}
     arrays["twin/train"] = np.ones((2, 3, 2))
     metrics = {"cells": CELLS, "winners": {}, "costs": {}}
     first = Outcome(metrics, arrays, settings=objectives.PAPER)
