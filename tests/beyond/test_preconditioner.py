@@ -174,6 +174,14 @@ BETTER = everywhere(BOTH, "layer rates", -0.05)
         ({}, 20, 0.005, (), {}, "holds"),  # equivalent
         (everywhere(BOTH[:1], "preactivation"), 20, 0.005, (), {}, "holds in part: the teleport is better for SGD"),
         (everywhere(BOTH, "preactivation"), 20, 0.005, (), {}, "holds in part: the teleport is better for SGD, Adam"),
+        (
+            everywhere(BOTH[:1], "preactivation"),
+            20,
+            0.005,
+            [("Adam", "layer rates")],
+            {},
+            "holds in part: the teleport is better for SGD",
+        ),
         ({}, 4, 0.1, (), {}, "undecided: for SGD, Adam"),  # too few runs
         (BETTER, 20, 0.01, [("Adam", "layer rates")], {}, "undecided: for Adam"),
         (BETTER, 20, 0.01, (), {"run": 2e-10}, "does not hold: the twin is another run"),
