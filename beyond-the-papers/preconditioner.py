@@ -24,6 +24,7 @@ batch goes down, by the whole action and by its linear part.
 
 import sys
 from dataclasses import dataclass, replace
+from math import gcd
 from pathlib import Path
 
 import numpy as np
@@ -306,15 +307,17 @@ def plot(outcome, s, save):
 
 
 def plot_races(outcome, s):
-    """The first run's curves, which lie on each other, and the differences of all runs."""
+    """The first run's curves, which lie on each other, and the largest differences of all runs."""
     figure, axes = plots.panels(2, len(twins.OPTIMIZERS), width=2.5, height=2.5)
+    window = gcd(10, s.race_steps)  # mini-batches that a point of the curves is the mean of
     looks = {"moved": ("rescaled", 6, "-", 5), "twin": ("its twin, untouched", 2, "--", 1.5)}
     looks["untouched"] = ("untouched, one rate", 0, "-", 0.7)
     steps, labels = np.arange(1, s.race_steps + 1), ("no decay", "decay added to the gradient", "decay beside it")
     for (top, bottom), o in zip(axes.T, twins.OPTIMIZERS):
         for key, (label, i, line, width) in looks.items():
             look = {"color": plots.COLORS[i], "linestyle": line, "linewidth": width}
-            top.plot(steps - 1, outcome.arrays[f"race.{o}.none/{key}"][:, 0], label=label, **look)
+            loss = outcome.arrays[f"race.{o}.none/{key}"][:, 0].reshape(-1, window).mean(1)
+            top.plot(steps.reshape(-1, window).mean(1), loss, label=label, **look)
         for i, (decay, label) in enumerate(zip(twins.DECAYS, labels)):
             for key, width in (("run", 1.5), ("step", 0.5)) if (o, decay) in cases() else ():
                 values = outcome.arrays[f"race.{o}.{decay}/{key}"].max(1)
@@ -322,8 +325,8 @@ def plot_races(outcome, s):
                 bottom.plot(steps, values, label=label if key == "run" else None, **look)
         top.set(title=o)
         bottom.set(xlabel="step", yscale="log", ylim=(1e-17, 1e-9))
-        bottom.axhline(TOLERANCES["run"], color="black", linewidth=0.8)
-    axes[0, 0].set_ylabel(f"mini-batch loss, {outcome.label}")
+        bottom.axhline(TOLERANCES["run"], color="black", linewidth=0.8, label="the rule's bound")
+    axes[0, 0].set_ylabel(f"mini-batch loss, {outcome.label},\nmean of {window}")
     axes[1, 0].set_ylabel("relative difference of weights\n(thin: made in this step)")
     axes[0, 3].legend(fontsize=6)
     axes[1, 3].legend(fontsize=6)
