@@ -8,6 +8,7 @@ from functools import partial
 from itertools import product
 
 import layer_rates
+import numpy as np
 import torch
 import twins
 from twins import ACTIVATION
@@ -15,6 +16,7 @@ from twins import ACTIVATION
 from common.arms import Arm, Stack, draw_batches
 from common.losses import batch_loss
 from common.mlp import initial_weights
+from common.protocol import number
 from common.tuning import in_chunks
 from teleport import (
     Teleportation,
@@ -83,6 +85,16 @@ def train_layers(run, data, optimizer, factors, seeds):
     rates = RATES[optimizer] * torch.tensor(factors, dtype=W[0].dtype).to(W[0]).repeat_interleave(len(seeds), 0)
     curves = layer_rates.train([w.repeat(F, 1, 1) for w in W], optimizer, rates, data, s.epochs, s.batch)
     return {key: values.unflatten(0, (F, len(seeds))) for key, values in curves.items()}
+
+
+def tune_layers(run, data, optimizer, seeds, budget):
+    """What layer_rates.search finds within a budget of runs on these seeds."""
+
+    def score(points, runs):
+        factors = np.array([layer_rates.factors(p) for p in points])
+        return number(train_layers(run, data, optimizer, factors, seeds[:runs])["train_loss"]).mean(-1).tolist()
+
+    return layer_rates.search(score, len(dimensions(data)) - 1, budget)
 
 
 def measure(run, data, optimizer, factors, seeds):

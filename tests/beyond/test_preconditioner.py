@@ -184,6 +184,7 @@ BETTER = everywhere(BOTH, "layer rates", -0.05)
         ),
         ({}, 4, 0.1, (), {}, "undecided: for SGD, Adam"),  # too few runs
         (BETTER, 20, 0.01, [("Adam", "layer rates")], {}, "undecided: for Adam"),
+        (BETTER | everywhere(BOTH, "preactivation", np.nan), 20, 0.01, (), {}, "undecided: for SGD, Adam"),
         (BETTER, 20, 0.01, (), {"run": 2e-10}, "does not hold: the twin is another run"),
         (BETTER, 20, 0.01, (), {"step": 2e-12}, "does not hold"),
         (BETTER, 20, 0.01, (), {"run": np.nan}, "does not hold"),
@@ -203,3 +204,14 @@ def test_the_verdict_follows_the_rule(effects, n, sd, edge, largest, word):
     assert str(verdict).startswith(word) and (word != "holds" or str(verdict) == word)
     assert "SGD" in verdict.surprise and (sd < 0.1 or "would have shown" in verdict.sentence)
     assert verdict.again() == ("not reproduced" if largest else "reproduced")
+
+
+def test_runs_that_diverge_are_undecided_and_those_that_do_not_stand_beside():
+    arrays, metrics = planted(preconditioner.ARMS, ("SGD",), everywhere(BOTH, "layer rates", -0.05), 20, 0.005)
+    arrays["compared.SGD/train_loss"][1, 1, :5] = np.nan
+    outcome = Outcome(metrics, arrays, label="mnist-mini", settings=preconditioner.PAPER)
+    (pair,) = preconditioner.pairs("SGD")
+    c = preconditioner.protocol.findings(outcome, preconditioner.ARMS, preconditioner.pairs)[pair]
+    assert c.word == "undecided" and c.diverged == (5, 0)
+    said = preconditioner.finite_only(outcome, "SGD")
+    assert "of the 15 runs" in said and "+5." in said
