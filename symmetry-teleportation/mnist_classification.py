@@ -230,9 +230,13 @@ def pairs(case):
 
 def judge(*outcomes):
     weighed = protocol.weigh(outcomes, ARMS, pairs, "postactivation")
-    sentence = f"Training loss with exact teleports against the baseline's, each arm at its best rate: {weighed.said}."
-    details = [BEFORE, *(line for r, found in zip(outcomes, weighed.found) for line in detail(r, found))]
-    return Verdict(weighed.word, weighed.limits, sentence, details, weighed.number)
+    return Verdict(
+        weighed.word,
+        weighed.limits,
+        f"Training loss with exact teleports against the baseline's, each arm at its best rate: {weighed.said}.",
+        [BEFORE, *(line for r, found in zip(outcomes, weighed.found) for line in detail(r, found))],
+        weighed.number,
+    )
 
 
 def detail(r, found):
