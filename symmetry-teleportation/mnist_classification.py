@@ -122,7 +122,7 @@ def experiment(run):
     parts, _ = run.parts(
         lambda case: measure(run, case, best[case], seeds[case], data), {f"moves.{case}": case for case in cases}
     )
-    timings = {case: dict(zip(ARMS, parts[f"moves.{case}"]["seconds"][:, -1].tolist())) for case in cases}
+    timings = {case: dict(zip(ARMS, parts[f"moves.{case}"].pop("seconds").tolist())) for case in cases}
     arrays |= {f"{key}/{k}": v for key, values in parts.items() for k, v in values.items()}
     return Outcome(metrics, arrays, max(seeds.values(), key=len), timings)
 
@@ -280,7 +280,7 @@ def plot_curves(outcome, s, x_axis):
         for arm in ("baseline", "published"):
             a, x = ARMS.index(arm), np.arange(1.0, s.epochs + 1)
             if x_axis == "seconds":
-                x = elapsed(outcome.arrays[f"moves.{case}/seconds"], a, s.epochs)
+                x = elapsed(outcome.timings[case], arm, s.epochs)
             look = plots.marked(a, s.epochs) | {"linewidth": 1.2}
             plots.band(ax, x, outcome.arrays[f"compared.{case}/train_loss"][a, 0], arm, **look)
         ax.set(title=case.replace(" ", ", "), xlabel="epoch" if x_axis == "epoch" else "seconds of a run alone")
@@ -290,10 +290,10 @@ def plot_curves(outcome, s, x_axis):
     return figure
 
 
-def elapsed(seconds, a, epochs):
-    """Seconds at the end of each epoch of arm a: as measured while it teleports, then as the baseline."""
-    measured = seconds[a]
-    rest = (seconds[0, -1] / len(measured)) * np.arange(1, epochs - len(measured) + 1)
+def elapsed(seconds, arm, epochs):
+    """Seconds at the end of each epoch of an arm: as measured while it teleports, then as the baseline."""
+    measured = seconds[arm]
+    rest = seconds["baseline"][-1] / len(measured) * np.arange(1, epochs - len(measured) + 1)
     return np.concatenate([measured, measured[-1] + rest])
 
 
@@ -307,7 +307,7 @@ def report(outcome, s):
             if arm in TELEPORTING:
                 drift = [f"{value:.0e}" for value in (*published[arm], *best[arm])]
                 moved = [f"×{np.nanmedian(norms[a, ..., 1] / norms[a, ..., 0]):.2f}", *drift]
-            name, seconds = f"{case.replace(' ', ', ')}, {arm}", f"{outcome.timings[case][arm]:.2f}"
+            name, seconds = f"{case.replace(' ', ', ')}, {arm}", f"{outcome.timings[case][arm][-1]:.2f}"
             rows.append([name, *protocol.cells(outcome, found, ARMS, case, a), *moved, seconds])
     moves = ["‖∂L/∂W‖", "drift, batch", "training set", "at best: batch", "training set"]
     n = ", ".join(f"{case} {m['runs']}" for case, m in outcome.metrics.items())
