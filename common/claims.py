@@ -72,7 +72,8 @@ class Verdict(NamedTuple):
     def again(self) -> str:
         """Did it come out again? In the words of the protocol."""
         compared = [row.agrees for row in self.published if row.agrees is not None]
-        return (REPRODUCED if all(compared) else NOT_REPRODUCED) if compared else NONE_AT_HAND
+        nothing = NONE_AT_HAND + (" that can be compared" if self.published else "")
+        return (REPRODUCED if all(compared) else NOT_REPRODUCED) if compared else nothing
 
     def comparison(self) -> list[str]:
         """The published numbers beside ours, as the lines of a Markdown table; none where there are none."""

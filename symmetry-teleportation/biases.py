@@ -6,7 +6,10 @@ on. diag(g, 1) leaves that row alone, whatever the action; it takes no part in t
 
 import torch
 
-from teleport import apply_to_layers, preactivation_action, rescaling_action, squared_gradient_norm
+from teleport import apply_to_layers, preactivation_action, rescaling_action, squared_gradient_norm, teleport
+
+COST = 3  # gradient evaluations of an ascent step: one for ∂L/∂W, about two for a Hessian-vector product
+BISECTIONS = 10  # of the last ascent step, one gradient evaluation each
 
 
 def homogeneous(weights):
@@ -57,3 +60,31 @@ def rescale(W, layers, target, loss_fn, activation):
         middle = (low + high) / 2
         low, high = (middle, high) if gradient_norm(rescaled(middle), loss_fn) > target else (low, middle)
     return rescaled(high)
+
+
+def ascend(W, X, loss_fn, target, activation, rate, steps, cap):
+    """At most so many steps, up to the cap. Returns the weights whose norm is the target, on the way there (else the
+    last ones); how many gradient evaluations that took; and the norms after each step, NaN after the end."""
+
+    def step(W, lr):
+        options = dict(objective=gradient_norm, action=affine_action, activation=activation)
+        return teleport(W, X, loss_fn, lr=lr, steps=1, **options)
+
+    curve, reached = [gradient_norm(W, loss_fn)], None
+    while len(curve) <= steps and curve[-1] < cap:
+        moved = step(W, rate)
+        if reached is None and moved.objective_after >= target:
+            low, high, reached = 0.0, rate, moved.weights
+            for _ in range(BISECTIONS):  # the step that crosses the target may be a leap: shorten it
+                shorter = step(W, (low + high) / 2)
+                if shorter.objective_after >= target:
+                    high, reached = (low + high) / 2, shorter.weights
+                else:
+                    low = (low + high) / 2
+            evaluations = COST * len(curve) + BISECTIONS
+        W = moved.weights
+        curve.append(moved.objective_after)
+    if reached is None:
+        reached, evaluations = W, COST * (len(curve) - 1)
+    curve += [torch.full_like(curve[0], torch.nan)] * (steps + 1 - len(curve))
+    return reached, evaluations, torch.stack(curve)

@@ -23,6 +23,7 @@ from teleport import (
 )
 
 sampling = load_script("symmetry-teleportation/random_search.py")
+biases, variant = sampling.sys.modules["biases"], sampling.variant
 LEAKY = leaky_relu(0.1)
 
 
@@ -155,14 +156,14 @@ def test_training_keeps_the_constants_and_trains_biases(biased):
 def test_ascent_and_rescaling_stop_at_the_target(biased):
     _, weights, X, _, loss_fn = biased
     start = sampling.gradient_norm(weights, loss_fn)
-    s = replace(sampling.PRESETS["quick"], ascent_steps=60)
-    climbed, evaluations, curve = sampling.ascend(s, weights, X, loss_fn, 2 * start)
+    limits = dict(rate=1e-3, steps=60, cap=1e4)
+    climbed, evaluations, curve = biases.ascend(weights, X, loss_fn, 2 * start, sampling.ACTIVATION, **limits)
     close(sampling.gradient_norm(climbed, loss_fn) / start, 2.0, 1e-2)
     steps = int((curve >= 2 * start).nonzero()[0])
-    assert evaluations == sampling.COST * steps + sampling.BISECTIONS and len(curve) == 61
+    assert evaluations == biases.COST * steps + biases.BISECTIONS and len(curve) == 61
     close(loss_fn(climbed), loss_fn(weights))
     for layers in ([0], [1], [0, 1]):
-        rescaled = sampling.rescale(weights, layers, 5 * start, loss_fn, sampling.ACTIVATION)
+        rescaled = biases.rescale(weights, layers, 5 * start, loss_fn, sampling.ACTIVATION)
         close(sampling.gradient_norm(rescaled, loss_fn) / start, 5.0, 1e-6)
         assert all(torch.equal(R[-1], W[-1]) for R, W in zip(rescaled[:-1], weights))  # the constants
         other = torch.cat([normal(9, 9, 20), torch.ones(1, 20)])
@@ -183,6 +184,31 @@ def test_move_compares_like_with_like(biased):
     for arm in ("random", "published", "search", "rescaling"):  # a move of hidden layer m leaves the third matrix alone
         untouched = 2 - 2 * out["layer"]
         assert torch.equal(out[f"{arm}/W_{untouched + 1}"], weights[untouched])
+
+
+def test_the_variant_s_loss_takes_two_softmaxes_and_an_activated_output(biased):
+    _, weights, X, labels, _ = biased
+    out = forward(weights, X, sampling.ACTIVATION)
+    once = torch.where(out > 0, out, 0.01 * out).exp()
+    once = once / once.sum(0)
+    twice = once.exp() / once.exp().sum(0)
+    by_hand = -twice[labels, torch.arange(len(labels))].log().mean()
+    close(variant.doubled_softmax(X, labels, sampling.ACTIVATION)(weights), by_hand, 1e-12)
+
+
+def test_the_variant_s_teleport_keeps_its_batch_and_changes_one_layer(biased):
+    _, weights, X, labels, _ = biased
+    s = replace(sampling.PRESETS["tiny"], candidates=30)
+    moved = variant.teleport(s, weights, X, labels, 3, sampling.ACTIVATION)
+    close(forward(moved, X, sampling.ACTIVATION), forward(weights, X, sampling.ACTIVATION), 1e-9)
+    assert [torch.equal(a, b) for a, b in zip(moved, weights)].count(False) == 2
+
+
+def test_the_variant_s_arms_part_at_the_teleport(tiny):
+    (arrays,) = tiny("symmetry-teleportation/random_search.py")[0].arrays.values()
+    accuracy = arrays["variant/accuracy"]
+    assert accuracy.shape == (2, 2, 2) and (accuracy[0, :, 0] == accuracy[1, :, 0]).all()
+    assert (accuracy[0, :, 1] != accuracy[1, :, 1]).any() and (0 < accuracy).all() and (accuracy < 1).all()
 
 
 def test_elements_keep_their_batch_s_loss_and_rescalings_every_loss(tiny):
