@@ -349,9 +349,6 @@ def plot_controls(outcome, s):
         top.set(title=o, xlabel="training loss against the baseline's, %", yticks=range(len(ARMS) - 1))
         top.set_yticklabels(ARMS[1:])
         top.invert_yaxis()
-        for k, name in enumerate(ARMS[1:]):
-            if sum((c := found[against(o, name, "best")]).diverged):
-                top.text(0, k + 0.3, f"best rate: {c.diverged[0]} of {c.n} diverged ", ha="right", fontsize=7)
         plot_tuning(middle, outcome, o)
         steps = 100 * gains(outcome.arrays[f"batch.{o}/decrease"])
         for k, (rate, gain) in enumerate(zip(("published rate", "baseline's best"), steps)):
