@@ -16,7 +16,8 @@ writers by M and the readers by M^-T, so that what passes between them stays the
                   the output projection reads.
     "linear"      M in GL(r) between two linear maps with nothing in between (LoRA, low-rank factors). With inputs.
     "rotary"      M = a R(θ) for each pair of entries that rotary positions rotate: queries write and keys read. It
-                  commutes with the positions' own rotations; a normalization of queries and keys forbids it.
+                  commutes with the positions' own rotations; a normalization of queries and keys forbids it. Found with
+                  inputs of more than one token, or given by hand.
     "stream"      M in O(d) on the residual stream of a transformer whose norms are RMSNorms: embeddings and output
                   projections write, what comes after the norms reads. Gains γ stay, and readers move by γ M^T γ^-1: no
                   gain has to be folded, and −T moves back. LayerNorm forbids it. Gradient norms do not feel it, so that

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from teleporter.classes import ANY, FIXED, Classes, shrunk
 from teleporter.products import Products
+from teleporter.turning import Turns
 
 # Names of aten operations. Those that move numbers about, with and without arithmetic that labels (integers) lack:
 MOVES = re.compile(
@@ -83,6 +84,7 @@ class Tracer(Products, TorchDispatchMode):
         """Nothing has run yet; parameters: those that may move, {name: parameter}."""
         super().__init__()
         self.classes, self.stack, self.model = Classes(), ["the model"], model
+        self.turns = Turns(self)
         self.labels, self.tags = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         self.uses = {name: [] for name in parameters}
         self.whole, self.fixed, self.parameters, self.calls = {}, {}, parameters, 0
@@ -117,7 +119,15 @@ class Tracer(Products, TorchDispatchMode):
         if output is NotImplemented:
             output = function(*args, **kwargs)
             self.follow(function, args, kwargs, output)
+            self.turn(function, args, kwargs, output)
         return output
+
+    def turn(self, function: OpOverload, args: tuple, kwargs: dict, output: Any) -> None:
+        """Follow what may turn in pairs (turning.py), besides the labels."""
+        name = function._schema.name.partition("::")[2]
+        outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        moves = bool(MOVES.fullmatch(name)) and name != "constant_pad_nd"
+        self.turns.follow(name, moves, args, kwargs, outputs, lambda moved: _moved(function, name, moved, kwargs))
 
     # Labels of arguments
 
