@@ -33,19 +33,22 @@ def traced(model: nn.Module, inputs: Any) -> list[Candidate]:
             output = called(model, inputs)
         for x in tree_leaves(vars(output) if hasattr(output, "__dataclass_fields__") else output):
             tracer.fix(x, "it is the output of the model")
+            tracer.streams.end(x)
     labels = {name: _labels(tracer, name) for name, uses in tracer.uses.items() if uses}
     tracer.classes.settle()
     places = {
         name: [_compressed(_roots(tracer.classes, _compressed(x))) for x in pair] for name, pair in labels.items()
     }
     found, names = [], set()
-    for symmetry, modules, reason in _candidates(tracer, places, labels, list(parameters)):
+    streams = list(tracer.streams.candidates(list(parameters)))
+    for symmetry, modules, reason in [*_candidates(tracer, places, labels, list(parameters)), *streams]:
         name = symmetry.name
         while name in names:  # two spaces between the same modules
             name += "'"
         names.add(name)
         found.append((symmetry._replace(name=name), modules, reason))
-    return found + _left_alone(tracer, places, labels)
+    rotating = {_module(slot.name) for s, _, reason in streams if not reason for slot in s.slots if not slot.reads}
+    return found + [c for c in _left_alone(tracer, places, labels) if c[0].name not in rotating]
 
 
 @contextmanager

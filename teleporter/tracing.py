@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from teleporter.classes import ANY, FIXED, Classes, shrunk
 from teleporter.products import Products
+from teleporter.streams import Streams
 from teleporter.turning import Turns
 
 # Names of aten operations. Those that move numbers about, with and without arithmetic that labels (integers) lack:
@@ -84,10 +85,10 @@ class Tracer(Products, TorchDispatchMode):
         """Nothing has run yet; parameters: those that may move, {name: parameter}."""
         super().__init__()
         self.classes, self.stack, self.model = Classes(), ["the model"], model
-        self.turns = Turns(self)
         self.labels, self.tags = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         self.uses = {name: [] for name in parameters}
         self.whole, self.fixed, self.parameters, self.calls = {}, {}, parameters, 0
+        self.turns, self.streams = Turns(self), Streams(self)
         for name, p in parameters.items():
             self.tags[p] = (name, torch.arange(p.numel(), device=p.device).view(p.shape))
 
@@ -123,11 +124,14 @@ class Tracer(Products, TorchDispatchMode):
         return output
 
     def turn(self, function: OpOverload, args: tuple, kwargs: dict, output: Any) -> None:
-        """Follow what may turn in pairs (turning.py), besides the labels."""
+        """Follow what may turn in pairs (turning.py), or rotate as a whole (streams.py), besides the labels."""
         name = function._schema.name.partition("::")[2]
         outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        if MAKES.fullmatch(name):
+            return
         moves = bool(MOVES.fullmatch(name)) and name != "constant_pad_nd"
-        self.turns.follow(name, moves, args, kwargs, outputs, lambda moved: _moved(function, name, moved, kwargs))
+        for follower in (self.turns, self.streams):
+            follower.follow(name, moves, args, kwargs, outputs, lambda moved: _moved(function, name, moved, kwargs))
 
     # Labels of arguments
 

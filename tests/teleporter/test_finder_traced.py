@@ -226,7 +226,7 @@ def test_sums_in_place_join_the_stream():
 
 
 def test_a_norm_written_by_hand():
-    assert [s.name for s in found(RMS(), TOKENS)] == ["gain -> head"]
+    assert [s.name for s in found(RMS(), TOKENS)] == ["gain -> head", "linear: stream"]
 
 
 class LowRank(nn.Module):
