@@ -62,7 +62,7 @@ class Turns:
         """What a parameter's matrix writes: its own channels; a bias belongs to them."""
         if output not in self.tracer.labels:
             return
-        labels = self.tracer.labels[output]
+        labels = self.tracer.labels[output][..., :1, :].expand(output.shape)  # all rows alike
         one = torch.ones((), dtype=torch.float64, device=labels.device).expand(labels.shape)
         self.sums[output] = Sum(labels, torch.zeros_like(one, dtype=torch.long), one, 0 * one, True)
         if len(args) == 3 and args[0] in self.tracer.tags:
