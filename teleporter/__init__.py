@@ -16,11 +16,13 @@ writers by M and the readers by M^-T, so that what passes between them stays the
                   the output projection reads.
     "linear"      M in GL(r) between two linear maps with nothing in between (LoRA, low-rank factors). With inputs.
     "rotary"      M = a R(θ) for each pair of entries that rotary positions rotate: queries write and keys read. It
-                  commutes with the positions' own rotations; a normalization of queries and keys forbids it.
+                  commutes with the positions' own rotations; a normalization of queries and keys forbids it. Found with
+                  inputs of more than one token, or given by hand.
     "stream"      M in O(d) on the residual stream of a transformer whose norms are RMSNorms: embeddings and output
                   projections write, what comes after the norms reads. Gains γ stay, and readers move by γ M^T γ^-1: no
-                  gain has to be folded, and −T moves back. LayerNorm forbids it. Gradient norms do not feel it, so that
-                  only other objectives move along it: Adam's look-ahead, your own.
+                  gain has to be folded, and −T moves back. LayerNorm forbids it. Gradient norms do not feel it (with
+                  gains of one), so that only other objectives move along it: Adam's look-ahead, your own. Found with
+                  inputs, or given by hand.
 
 With `inputs=`, one real run is followed operation by operation, whatever the model is written in: products (SwiGLU),
 concatenations, grouped convolutions, gains, attention in any form. Without, the graph that torch.fx finds is searched.

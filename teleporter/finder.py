@@ -73,16 +73,17 @@ def noted(note: Callable, name: str, flow: Flow, *part: int) -> Flow:
 
 
 def exact_candidates(model: nn.Module, finder: "Finder", kinds: set[str], inputs: Any) -> list[Candidate]:
-    """Candidates of these kinds ("auto", "rescale", "attention"): of one run of the inputs if there are any, otherwise,
-    or if that run cannot be followed, of the finder's graphs."""
+    """Candidates of these kinds ("auto", "rescale", "attention", "stream"): of one run of the inputs if there are any,
+    otherwise, or if that run cannot be followed, of the finder's graphs."""
     scaling, mixing, failed = kinds & {"auto", "rescale"}, kinds & {"auto", "attention"}, []
-    if inputs is not None and (scaling or mixing):
+    wanted = {"rescale": scaling, "stream": kinds & {"auto", "stream"}}
+    if inputs is not None and (mixing or any(wanted.values())):
         try:
             found = traced(model, inputs)
         except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError) as error:
             failed = [(Symmetry("trace of the inputs", "rescale", (0,), ()), (), f"{type(error).__name__}: {error}")]
         else:
-            return [c for c in found if c[2] or (scaling if c[0].kind == "rescale" else mixing)]
+            return [c for c in found if c[2] or wanted.get(c[0].kind, mixing)]
     finder.search()
     return failed + (finder.spaces if scaling else []) + (finder.heads if mixing else [])
 

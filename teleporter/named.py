@@ -74,17 +74,18 @@ def balance(
     if not symmetries:
         return value, None
     totals = [torch.zeros(s.shape, dtype=torch.float64, device="cpu") for s in symmetries]
-    elements = [torch.linalg.matrix_exp(T) if T.ndim == 3 else T for T in totals]
+    scaling = {k: s for k, s in enumerate(symmetries) if s.kind != "stream"}  # rotations are left alone
+    elements = [torch.linalg.matrix_exp(T) if T.ndim == 3 and k in scaling else T for k, T in enumerate(totals)]
     for _ in range(sweeps):
         largest = 0.0
-        for k, s in enumerate(symmetries):
+        for k, s in scaling.items():
             T = _turn(s, W)
             s.act_(W, T)
             elements[k] = elements[k] + T if T.ndim == 1 else torch.linalg.matrix_exp(T) @ elements[k]
             largest = max(largest, T.abs().max().item())
         if largest < 1e-9:
             break
-    return value, [x if x.ndim == 1 else _logarithm(x.mT @ x) / 2 for x in elements]
+    return value, [_logarithm(x.mT @ x) / 2 if x.ndim == 3 and k in scaling else x for k, x in enumerate(elements)]
 
 
 def _turn(s: Symmetry, W: dict) -> Tensor:

@@ -80,7 +80,11 @@ class StreamSymmetry(Symmetry):
     def steepest(self, D: Tensor) -> Tensor:
         """The direction of D's antisymmetric part, its largest angle 1 (or 0)."""
         T = self.tangent(D)
-        return T / torch.linalg.matrix_norm(T, ord=2, keepdim=True).clamp_min(torch.finfo(T.dtype).tiny)
+        return T / torch.linalg.matrix_norm(T, ord=2, keepdim=True) if T.any() else T
+
+    def norm_derivative(self, covectors: dict, vectors: dict) -> Tensor:
+        """None: with gains of one a rotation changes no norm, and with others such objectives leave it alone too."""
+        return torch.zeros(self.shape, dtype=torch.float64, device="cpu")
 
     def derivative(self, covectors: dict, vectors: dict) -> Tensor:
         """As of any symmetry; 0 where it is rounding, as of whatever depends on norms alone."""
@@ -101,7 +105,7 @@ class StreamSymmetry(Symmetry):
     def check(self) -> None:
         """Raises ValueError for gains that cannot be divided by, or that are not alike before a tied reader."""
         for slot in self.slots:
-            reason = _uneven(slot.gain, isinstance(slot, Tied)) if isinstance(slot, Through | Tied) else None
+            reason = uneven(slot.gain, isinstance(slot, Tied)) if isinstance(slot, Through | Tied) else None
             if reason:
                 raise ValueError(f"{self.name} cannot move now: {slot.name} is read through gains that {reason}")
 
@@ -153,7 +157,7 @@ class Tied(NamedTuple):
         return torch.zeros_like(self.view.product(c, x, matrices))
 
 
-def _uneven(gain: Tensor | None, tied: bool) -> str | None:
+def uneven(gain: Tensor | None, tied: bool) -> str | None:
     """What forbids a rotation before these gains; None if nothing does."""
     if gain is None or gain.is_meta:
         return None
@@ -208,20 +212,20 @@ def stream(finder: Any, s: Stream) -> Candidate:
     """The rotations of a Stream."""
     writers = [s.writers] if isinstance(s.writers, str) else list(s.writers)
     readers = [(n, norm) for norm, names in s.readers.items() for n in ([names] if isinstance(names, str) else names)]
-    slots, modules = [], [*writers, *(n for n, _ in readers)]
+    slots, tied, modules = [], set(), [*writers, *(n for n, _ in readers)]
     for name in writers:
         kind = type(finder.module(name))
         if kind is not nn.Linear and (kind is not nn.Embedding or finder.modules[name].max_norm is not None):
             raise ValueError(f"{name} is neither a Linear nor an Embedding: Stream joins plain writers")
         table = [("weight", rows), ("bias", rows)] if kind is nn.Linear else [("weight", columns())]
         slots += finder.slots(name, table, False)
-    written = {slot.name for slot in slots}
+        tied |= {slot.name for slot in slots[-1:] if kind is nn.Embedding}
     for name, norm in readers:
         if type(finder.module(name)) is not nn.Linear:
             raise ValueError(f"{name} is not a Linear: Stream joins plain readers")
         gain = gains(finder.module(norm), norm, finder.modules[name].in_features) if norm else None
         for slot in finder.slots(name, [("weight", columns())], True):
-            slots.append(Tied(*slot[:2], slot, gain) if slot.name in written else Through(*slot[:2], slot, gain))
+            slots.append(Tied(*slot[:2], slot, gain) if slot.name in tied else Through(*slot[:2], slot, gain))
     sizes = {slot.view(finder.parameters[slot.name]).shape[1] for slot in slots if isinstance(slot, Slot)}
     if len(sizes) != 1 or not readers:
         raise ValueError(f"{s}: no readers, or the widths of what it writes and reads do not fit")
@@ -237,8 +241,8 @@ def joined(finder: Any, name: str, size: int, slots: Sequence, modules: Sequence
         if slot.name in tied and reason is None:
             shared = finder.uses[id(p)] > counts[slot.name] and f"{slot.name} is shared with what is not in the stream"
             reason = shared or (None if p.requires_grad else f"{slot.name} is frozen")
-        uneven = _uneven(slot.gain, slot.name in tied) if isinstance(slot, Through | Tied) else None
-        reason = reason or uneven and f"{slot.name} is read through gains that {uneven}"
+        why = uneven(slot.gain, slot.name in tied) if isinstance(slot, Through | Tied) else None
+        reason = reason or why and f"{slot.name} is read through gains that {why}"
     return StreamSymmetry(name, "stream", (1, size, size), tuple(slots)), None, reason
 
 

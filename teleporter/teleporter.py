@@ -348,7 +348,7 @@ class Teleporter:
         past = self.totals.get(s.name)
         if s.kind == "rescale":
             return T if past is None else past + T
-        element = torch.linalg.matrix_exp(T)
+        element = T.new_ones(1, 1, 1) if s.kind == "stream" else torch.linalg.matrix_exp(T)  # a rotation's factor is 1
         return element if past is None else element @ past
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from teleporter.classes import FIXED, Classes
 from teleporter.passes import kept_attributes, same_randomness
+from teleporter.rotations import RotarySymmetry
 from teleporter.symmetry import Candidate, Entries, Rows, Symmetry
 from teleporter.tracing import Tracer
 from teleporter.verify import called
@@ -32,19 +33,22 @@ def traced(model: nn.Module, inputs: Any) -> list[Candidate]:
             output = called(model, inputs)
         for x in tree_leaves(vars(output) if hasattr(output, "__dataclass_fields__") else output):
             tracer.fix(x, "it is the output of the model")
+            tracer.streams.end(x)
     labels = {name: _labels(tracer, name) for name, uses in tracer.uses.items() if uses}
     tracer.classes.settle()
     places = {
         name: [_compressed(_roots(tracer.classes, _compressed(x))) for x in pair] for name, pair in labels.items()
     }
     found, names = [], set()
-    for symmetry, modules, reason in _candidates(tracer, places, list(parameters)):
+    streams = list(tracer.streams.candidates(list(parameters)))
+    for symmetry, modules, reason in [*_candidates(tracer, places, labels, list(parameters)), *streams]:
         name = symmetry.name
         while name in names:  # two spaces between the same modules
             name += "'"
         names.add(name)
         found.append((symmetry._replace(name=name), modules, reason))
-    return found + _left_alone(tracer, places, labels)
+    rotating = {_module(slot.name) for s, _, reason in streams if not reason for slot in s.slots if not slot.reads}
+    return found + [c for c in _left_alone(tracer, places, labels) if c[0].name not in rotating]
 
 
 @contextmanager
@@ -106,7 +110,9 @@ def _compressed(x: Tensor) -> Tensor:
     return x.clone()
 
 
-def _candidates(tracer: Tracer, places: Mapping[str, Places], order: Sequence[str]) -> list[Candidate]:
+def _candidates(
+    tracer: Tracer, places: Mapping[str, Places], labels: Mapping[str, Places], order: Sequence[str]
+) -> list[Candidate]:
     roles = defaultdict(set)  # class -> {(parameter, whether it reads)}
     for name, pair in places.items():
         for x, reading in zip(pair, (False, True)):
@@ -115,13 +121,23 @@ def _candidates(tracer: Tracer, places: Mapping[str, Places], order: Sequence[st
                     for part, sign in tracer.classes.parts(abs(root)).items():
                         roles[part].add((name, reading == (root * sign > 0)))
     spaces = _spaces(tracer.classes, roles)
-    keys, found = _keys(tracer.classes), []
+    keys, turns, found = _keys(tracer.classes), tracer.turns, []
+    turning = turns.turning(tracer.classes)
     for (where, _), roots in spaces.items():
         writers, readers = ([n for n in order if (n, reads) in where] for reads in (False, True))
         named = " -> ".join(", ".join(dict.fromkeys(map(_module, names))) for names in (writers, readers) if names)
         if not writers or not readers:
             found.append((Symmetry(named, "rescale", (len(roots),), ()), None, "nothing reads it"))
             continue
+        turned = {root: i for i, root in enumerate(r for r in roots if r in turning)}
+        slots = [
+            turns.slot(tracer.classes, *role, _compressed(labels[role[0]][0]), turned)
+            for role in sorted(where)
+            if turned
+        ]
+        if turned and None not in slots:
+            found.append((RotarySymmetry(named, "rotary", (len(turned), 2, 2), tuple(slots)), None, None))
+            roots = [root for root in roots if root not in turned]
         for kind, groups in _mixing(roots, keys):
             slots = [slot for name, reads in sorted(where) for slot in _rows(name, reads, places[name], groups)]
             if None not in slots:

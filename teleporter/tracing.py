@@ -23,6 +23,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from teleporter.classes import ANY, FIXED, Classes, shrunk
 from teleporter.products import Products
+from teleporter.streams import Streams
+from teleporter.turning import Turns
 
 # Names of aten operations. Those that move numbers about, with and without arithmetic that labels (integers) lack:
 MOVES = re.compile(
@@ -86,6 +88,7 @@ class Tracer(Products, TorchDispatchMode):
         self.labels, self.tags = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         self.uses = {name: [] for name in parameters}
         self.whole, self.fixed, self.parameters, self.calls = {}, {}, parameters, 0
+        self.turns, self.streams = Turns(self), Streams(self)
         for name, p in parameters.items():
             self.tags[p] = (name, torch.arange(p.numel(), device=p.device).view(p.shape))
 
@@ -117,7 +120,18 @@ class Tracer(Products, TorchDispatchMode):
         if output is NotImplemented:
             output = function(*args, **kwargs)
             self.follow(function, args, kwargs, output)
+            self.turn(function, args, kwargs, output)
         return output
+
+    def turn(self, function: OpOverload, args: tuple, kwargs: dict, output: Any) -> None:
+        """Follow what may turn in pairs (turning.py), or rotate as a whole (streams.py), besides the labels."""
+        name = function._schema.name.partition("::")[2]
+        outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        if MAKES.fullmatch(name):
+            return
+        moves = bool(MOVES.fullmatch(name)) and name != "constant_pad_nd"
+        for follower in (self.turns, self.streams):
+            follower.follow(name, moves, args, kwargs, outputs, lambda moved: _moved(function, name, moved, kwargs))
 
     # Labels of arguments
 

@@ -34,7 +34,7 @@ def outputs(model, inputs):
 def element(s):
     if s.kind == "rescale":
         return torch.randn(s.shape).sign()
-    T = torch.randn(s.shape)
+    T = s.tangent(torch.randn(s.shape))
     return T / torch.linalg.matrix_norm(T, ord=2)[:, None, None]
 
 
