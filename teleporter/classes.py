@@ -141,6 +141,13 @@ class Classes:
             self.plain[abs(k)] = False
         return labels
 
+    def scaled(self, labels: Tensor, by: float | str) -> Tensor:
+        """Note a common factor of these channels: they do not mix with others of their key that have another."""
+        for k in torch.unique(*shrunk(labels)).tolist():
+            if abs(k) > FIXED:
+                self.key[abs(k)] = hash((self.key[abs(k)], by)) if self.key[abs(k)] is not None else None
+        return labels
+
     def refine(self, rows: Tensor, attended: bool = False) -> None:
         """Labels of one key may mix. rows (n, size): channels that are read side by side; others are not among them."""
         members = {}

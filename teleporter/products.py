@@ -16,7 +16,7 @@ class Products:
     def product(self, name: str, a: Tensor, b: Tensor | float) -> Tensor:
         """a times b (mul), or over b: one of the two may be scaled."""
         if not isinstance(b, Tensor):
-            return self.of(a)
+            return self.classes.scaled(self.of(a), f"{name} {b}")
         if name == "mul" and a in self.tags and b not in self.tags:
             a, b = b, a
         if name == "mul" and b in self.tags:
@@ -31,6 +31,9 @@ class Products:
             return (y if name == "mul" else -y).expand(shape)
         elif any(n > 1 and x.ndim >= d and x.stride(-d) != 0 for d, n in enumerate(reversed(b.shape), 1)):
             self.classes.marked(x)
+        else:
+            self.calls += 1
+            self.classes.scaled(x, f"{name} of {self.calls}")
         return x.expand(shape)
 
     def gain(self, a: Tensor, b: Tensor) -> Tensor:

@@ -304,10 +304,9 @@ class Streams:
                     if found:
                         rows = torch.arange(d, device="cpu").view(1, d, 1)
                         slots += self.slots(name, Rows(name, False, dim, rows), found)
-            gains = {
-                slot.name: uneven(slot.gain, isinstance(slot, Tied)) for slot in slots if not isinstance(slot, Rows)
-            }
-            forbidden = [f"{name} is read through gains that {why}" for name, why in gains.items() if why]
+            through = [slot for slot in slots if not isinstance(slot, Rows)]
+            gains = [(slot.name, uneven(slot.gain, isinstance(slot, Tied))) for slot in through]
+            forbidden = [f"{name} is read through gains that {why}" for name, why in gains if why]
             writers = dict.fromkeys(slot.name.rpartition(".")[0] or slot.name for slot in slots if not slot.reads)
             readers = [slot for slot in slots if slot.reads]
             reason = reason or next(iter(forbidden), None) or (None if readers else "nothing reads it")

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from teleporter.classes import FIXED, Classes
 from teleporter.passes import kept_attributes, same_randomness
-from teleporter.rotations import RotarySymmetry
+from teleporter.rotations import RotarySymmetry, still_gains
 from teleporter.symmetry import Candidate, Entries, Rows, Symmetry
 from teleporter.tracing import Tracer
 from teleporter.verify import called
@@ -40,8 +40,17 @@ def traced(model: nn.Module, inputs: Any) -> list[Candidate]:
         name: [_compressed(_roots(tracer.classes, _compressed(x))) for x in pair] for name, pair in labels.items()
     }
     found, names = [], set()
-    streams = list(tracer.streams.candidates(list(parameters)))
-    for symmetry, modules, reason in [*_candidates(tracer, places, labels, list(parameters)), *streams]:
+    others = _candidates(tracer, places, labels, list(parameters))
+    scaled = {id(parameters[slot.name]) for s, _, reason in others if not reason for slot in s.slots}
+    streams = [
+        (
+            s,
+            modules,
+            reason or ("what it writes is read through gains that scale" if still_gains([s]) & scaled else None),
+        )
+        for s, modules, reason in tracer.streams.candidates(list(parameters))
+    ]
+    for symmetry, modules, reason in [*others, *streams]:
         name = symmetry.name
         while name in names:  # two spaces between the same modules
             name += "'"

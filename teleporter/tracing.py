@@ -238,7 +238,7 @@ class Tracer(Products, TorchDispatchMode):
                 labels[2] = FIXED
             return _moved(function, name, labels, kwargs)
         if SUMS.fullmatch(name):
-            return self.sum(name, args)
+            return self.sum(name, args, kwargs.get("alpha", 1))
         if name in ("mul", "div"):
             return self.product(name, *args[:2])
         if NORMS.fullmatch(name):
@@ -258,7 +258,7 @@ class Tracer(Products, TorchDispatchMode):
         if MOVES_AS_FLOATS.fullmatch(name):
             return function(first.double(), *args[1:], **kwargs).round().long()
         if LINEAR.fullmatch(name) and outputs[0].is_floating_point():
-            return first
+            return self.classes.scaled(first, "mul -1") if name == "neg" else first
         if HOMOGENEOUS.fullmatch(name):
             for x in args[1:]:
                 self.fix(x, f"{name} in {self.place} has it for a slope")
@@ -288,9 +288,11 @@ class Tracer(Products, TorchDispatchMode):
         else:
             self.block(self.labels[x], reason)
 
-    def sum(self, name: str, args: tuple) -> Tensor:
+    def sum(self, name: str, args: tuple, alpha: float = 1) -> Tensor:
         """What is added, or chosen from, is scaled alike."""
         a, b = args[1:3] if name == "where" else args[::2] if name == "masked_fill" else args[:2]
+        if name in ("sub", "rsub") or alpha != 1:
+            self.classes.scaled(self.of(a if name == "rsub" else b), f"mul {alpha if name == 'add' else -alpha}")
         labels = self.classes.unify(self.of(a), self.of(b), f"it meets what is not scaled: {name} in {self.place}")
         return labels if name in ("add", "sub", "rsub") else self.classes.marked(labels)
 

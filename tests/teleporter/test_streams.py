@@ -105,7 +105,12 @@ def test_frozen_gains_and_gains_alike_before_a_tied_head():
     assert len(streams(model)[0]) == 1
     assert len(streams(Residual(tied=True), gains=False)[0]) == 1
     both = Residual(twist=lambda model, x: x + F.linear(model.norms[0](x), model.mix.weight.T))
+    both.norms.requires_grad_(False)
     assert len(streams(both, gains=False)[0]) == 1
+    for norm in (0, 2):  # gains that another layer lets scale, and that a second reader without any forbids
+        model = Residual(twist=lambda model, x, norm=norm: x + model.mix(model.norms[norm](x) if norm == 0 else x))
+        names, others = streams(model, gains=norm > 0)
+        assert not names and ("that scale" if norm == 0 else "not alike") in str(others)
     names, others = streams(Residual(tied=True))
     assert not names and "not alike" in str(others)
 

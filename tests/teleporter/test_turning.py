@@ -100,6 +100,17 @@ def test_pairs_that_only_scale(model, expected):
     assert between_queries_and_keys(model) == expected
 
 
+@pytest.mark.parametrize("on_k, expected", [
+    (lambda x: -x / 2, [("attention", 1, 4, 4)]),
+    (lambda x: torch.cat([x[..., :2], -x[..., 2:]], -1), [("attention", 2, 2, 2)]),
+    (lambda x: torch.cat([2 * x[..., :2], 3 * x[..., 2:]], -1), [("attention", 2, 2, 2)]),
+    (lambda x: torch.cat([x[..., :2], x[..., 2:] * x.new_tensor(2.0)], -1), [("attention", 2, 2, 2)]),
+    (lambda x: torch.cat([x[..., :2], 0 - x[..., 2:]], -1), [("attention", 2, 2, 2)]),
+])  # fmt: skip
+def test_parts_of_a_head_that_have_other_factors_do_not_mix(on_k, expected):
+    assert between_queries_and_keys(Attended(lambda x: x, on_k)) == expected
+
+
 def test_a_single_token_shows_no_rotation():
     assert between_queries_and_keys(Attended(rotary()), X[:, :1]) == [("rescale", 2)]
 
