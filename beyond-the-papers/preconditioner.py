@@ -96,8 +96,8 @@ class Settings:
 
 
 PAPER = Settings()
-QUICK = replace(PAPER, seeds=20, least=8, tuning_seeds=6, batch_seeds=5, race_seeds=1, epochs=3)
-QUICK = replace(QUICK, samples=2000, teleports=2, ascent_steps=5)
+QUICK = replace(PAPER, seeds=12, least=8, tuning_seeds=3, batch_seeds=5, race_seeds=1, epochs=3)
+QUICK = replace(QUICK, grid=(1, 3, 10, 30), samples=2000, teleports=2, ascent_steps=5)
 SMALL = dict(seeds=2, least=2, tuning_seeds=2, batch_seeds=2, grid=(1, 3), epochs=2, samples=400, ascent_steps=2)
 PRESETS = {"tiny": replace(QUICK, race_steps=5, optimizers=("SGD",), **SMALL), "quick": QUICK, "paper": PAPER}
 

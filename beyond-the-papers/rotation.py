@@ -162,7 +162,7 @@ PAPER = Settings()
 PRESETS = {
     "tiny": replace(PAPER, seeds=3, tuning_seeds=1, arms=FEW, settings=("rotated", "rank_2"), steps=20, pretraining=50),
     "quick": replace(
-        PAPER, seeds=16, tuning_seeds=3, arms=(*FEW, "once", "random_2"), settings=("rotated",), steps=300
+        PAPER, seeds=12, tuning_seeds=2, arms=(*FEW, "once", "random_2"), settings=("rotated",), steps=200
     ),
     "paper": PAPER,
 }

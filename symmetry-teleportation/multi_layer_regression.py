@@ -103,7 +103,7 @@ PAPER = Settings()
 SMALL = dict(seeds=2, least=2, tuning_seeds=2, grid=(1, 3), epochs=20, level_epoch=10, ascent_steps=20)
 PRESETS = {
     "tiny": replace(PAPER, **SMALL),
-    "quick": replace(PAPER, seeds=100, least=20, tuning_seeds=5, grid=(1, 2, 5, 10, 20)),
+    "quick": replace(PAPER, seeds=40, least=20, tuning_seeds=4, grid=(1, 2, 5, 10, 20)),
     "paper": PAPER,
 }
 
