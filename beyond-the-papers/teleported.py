@@ -46,7 +46,12 @@ def ascend(s, action, weights, X, labels, **bound):
 
 def linear_part(s, weights, X, labels):
     """The teleport by the rescaling that is nearest to the pre-activation one."""
-    whole, loss = ascend(s, preactivation_action, weights, X, labels), batch_loss(X, labels, ACTIVATION)
+    return nearest(ascend(s, preactivation_action, weights, X, labels), weights, X, labels)
+
+
+def nearest(whole, weights, X, labels):
+    """The linear part of a teleport that was made."""
+    loss = batch_loss(X, labels, ACTIVATION)
     scales = twins.best_rescaling(weights, whole.weights)
     moved = apply_to_layers(weights, None, scales, rescaling_action, ACTIVATION)
     after = loss(moved), squared_gradient_norm(moved, loss)
@@ -106,7 +111,8 @@ def measure(run, data, optimizer, factors, seeds):
     W = tuple(w.double() for w in initial_weights(dimensions(data), seeds, run.device))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     X, labels = draw_batches(data.x.double(), data.y, s.teleport_batch, generators)
-    whole, linear = ascend(s, preactivation_action, W, X, labels), linear_part(s, W, X, labels)
+    whole = ascend(s, preactivation_action, W, X, labels)
+    linear = nearest(whole, W, X, labels)
     left, way = (sum((A - B).square().sum((1, 2)) for A, B in zip(whole.weights, V)) for V in (linear.weights, W))
     decrease = []
     for rate, start in product(RATES[optimizer] * factors[:, 0], (W, linear.weights, whole.weights)):
