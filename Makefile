@@ -5,21 +5,32 @@
 #                be stopped and continued
 
 PYTHON ?= python3
-SCRIPTS = $(shell grep -l '^    cli\.main' *.py *-*/*.py)
+SCRIPTS := $(shell grep -sl '^    cli\.main' *.py *-*/*.py)
 OF_ALL_DATASETS = correlation.py teleport_sharpness_curvature.py
 PAPER = --preset paper --output reproduction
 
-.PHONY: help smoke figures test paper benchmark clean
+.PHONY: help smoke figures test paper benchmark clean $(SCRIPTS:%=smoke/%) $(SCRIPTS:%=figures/%)
 
 help:
 	@sed -n '/^# /!q; s/^# //p' Makefile
 
+# Two scripts at a time, each with half of the cores: one computes while the other, on one core, imports or draws.
+AT_ONCE = $(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),-O)
+JOBS = $(shell expr \( $$(getconf _NPROCESSORS_ONLN) + 1 \) / 2)
+RUN = @echo; echo "== $*"; .venv/bin/python $* --jobs $(JOBS)
+
 smoke: .venv/installed
-	@set -e; for script in $(SCRIPTS); do echo; echo "== $$script"; .venv/bin/python $$script --preset tiny; done
+	+@$(AT_ONCE) $(SCRIPTS:%=smoke/%)
 
 figures: .venv/installed
-	@set -e; for script in $(SCRIPTS); do echo; echo "== $$script"; .venv/bin/python $$script; done
+	+@$(AT_ONCE) $(SCRIPTS:%=figures/%)
 	@echo; echo "The pictures are in figures/quick/, the numbers in results/quick/."
+
+$(SCRIPTS:%=smoke/%): smoke/%:
+	$(RUN) --preset tiny
+
+$(SCRIPTS:%=figures/%): figures/%:
+	$(RUN)
 
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto

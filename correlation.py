@@ -79,7 +79,7 @@ class Settings:
 PAPER = Settings()
 PRESETS = {
     "tiny": replace(PAPER, dataset="mnist-mini", seeds=12, epochs=2, batches=4, samples=100),
-    "quick": replace(PAPER, dataset="mnist-mini", seeds=60, batches=30),
+    "quick": replace(PAPER, dataset="mnist-mini", seeds=50, batches=20),
     "paper": PAPER,
 }
 

@@ -3,7 +3,7 @@
     python benchmarks/scripts.py                             # all of them, at quick; an idle machine, 15 minutes
     python benchmarks/scripts.py correlation.py --preset tiny
 
-The scripts run as they do by default: one thread, a process for each core. The sum is what `make figures` takes.
+The scripts run as they do by default: one thread, a process for each core. `make figures` runs two at a time.
 """
 
 import argparse

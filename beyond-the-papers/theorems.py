@@ -66,7 +66,7 @@ class Settings:
 
 
 PAPER = Settings()
-QUICK = replace(PAPER, starts=2)
+QUICK = replace(PAPER, grid=4, starts=1)
 TINY = replace(PAPER, seeds=1, points=20, grid=1, draws=20, networks=5, descent=20, bounds=(2.0,), starts=1, batch=50)
 PRESETS = {"tiny": replace(TINY, steps=20), "quick": QUICK, "paper": PAPER}
 

@@ -73,7 +73,7 @@ class Settings:
 PAPER = Settings()
 PRESETS = {
     "tiny": replace(PAPER, steps=1_500, per_decade=10, starts=4, starts_steps=300),
-    "quick": replace(PAPER, steps=25_000),
+    "quick": replace(PAPER, steps=15_000, starts_steps=10_000),
     "paper": PAPER,
 }
 

@@ -99,7 +99,7 @@ class Settings:
 
 
 PAPER = Settings()
-QUICK = replace(PAPER, dataset="mnist-mini", epochs=5, samples=500, control_samples=500, elements=50, seeds=3)
+QUICK = replace(PAPER, dataset="mnist-mini", epochs=4, samples=300, control_samples=300, elements=30, seeds=3)
 PRESETS = {
     "tiny": replace(
         QUICK,

@@ -119,7 +119,7 @@ SMALL = dict(seeds=8, steps=5, meta_seeds=2, lr_runs=3, lr_steps=12, update_runs
 SMALL |= dict(update_meta_seeds=1, update_steps=12, width=8, lr_hidden=4, update_hidden=8, sweep=(1e-3, 5e-3))
 PRESETS = {
     "tiny": replace(PAPER, save_every=2, **SMALL),
-    "quick": replace(PAPER, meta_seeds=3, update_meta_seeds=1, update_runs=8, update_teleport_runs=8),
+    "quick": replace(PAPER, meta_seeds=3, update_meta_seeds=1, lr_runs=15, update_runs=5, update_teleport_runs=5),
     "paper": PAPER,
 }
 
