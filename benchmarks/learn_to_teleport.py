@@ -24,16 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "learn-to-teleport"))
 
 import torch  # noqa: E402
-from meta_optimizer import Arm, Core, MetaOptimizer, Unroll, act, meta_train, regression  # noqa: E402
+from meta_optimizer import Core, Learner, MetaOptimizer, Unroll, act, meta_train, regression  # noqa: E402
 
 from common.claims import table  # noqa: E402
 from common.run import device_name  # noqa: E402
 from teleport import apply_to_layers, leaky_relu, postactivation_action  # noqa: E402
 
-TELEPORT, LR = Arm("teleport", "rate", "learned"), Arm("lr", "rate", None)
+TELEPORT, LR = Learner("teleport", "rate", "learned"), Learner("lr", "rate", None)
 STACKS = {  # arms, meta-seeds, hidden units, steps and runs of the paper's meta-training
     "LSTM(lr, teleport)": ([TELEPORT], 1, 20, 300, 30),
-    "25 of the lr kind": ([TELEPORT] * 3 + [Arm("random", "rate", "random"), LR], 5, 20, 300, 30),
+    "25 of the lr kind": ([TELEPORT] * 3 + [Learner("random", "rate", "random"), LR], 5, 20, 300, 30),
     "LSTM(update, teleport)": ([TELEPORT._replace(local="update")], 1, 300, 100, 700),
     "LSTM(update)": ([LR._replace(local="update")], 1, 300, 100, 600),
 }

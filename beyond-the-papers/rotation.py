@@ -61,7 +61,7 @@ CLAIM = Claim(
 )
 
 
-class Arm(NamedTuple):
+class Treatment(NamedTuple):
     kind: type = factors.Adam
     options: dict = {}
     element: str = ""
@@ -72,20 +72,20 @@ class Arm(NamedTuple):
 
 TRACKS = {"tracks": 0.99}
 ARMS = {
-    "none": Arm(),
-    "once": Arm(options=TRACKS, element="eigenbasis", at=10),
-    "every_2": Arm(options=TRACKS, element="eigenbasis", every=2),
-    "every_10": Arm(options=TRACKS, element="eigenbasis", every=10),
-    "random": Arm(element="random", at=10),
-    "random_2": Arm(element="random", every=2),
-    "reset": Arm(element="reset", at=10),
-    "balance": Arm(element="balance", at=10),
-    "singular": Arm(element="singular_basis", at=10),
-    "rslora": Arm(scale=8**0.5),
-    "scaled": Arm(factors.ScaledAdam),
-    "rite": Arm(factors.RITE),
-    "soap": Arm(factors.SOAP, {"every": 2}),
-    "soap_both": Arm(factors.SOAP, {"every": 10, "both_sides": True}),
+    "none": Treatment(),
+    "once": Treatment(options=TRACKS, element="eigenbasis", at=10),
+    "every_2": Treatment(options=TRACKS, element="eigenbasis", every=2),
+    "every_10": Treatment(options=TRACKS, element="eigenbasis", every=10),
+    "random": Treatment(element="random", at=10),
+    "random_2": Treatment(element="random", every=2),
+    "reset": Treatment(element="reset", at=10),
+    "balance": Treatment(element="balance", at=10),
+    "singular": Treatment(element="singular_basis", at=10),
+    "rslora": Treatment(scale=8**0.5),
+    "scaled": Treatment(factors.ScaledAdam),
+    "rite": Treatment(factors.RITE),
+    "soap": Treatment(factors.SOAP, {"every": 2}),
+    "soap_both": Treatment(factors.SOAP, {"every": 10, "both_sides": True}),
 }
 PEERS = ("rslora", "scaled", "rite", "soap", "soap_both")
 FEW = ("none", "every_2", "soap")  # in the settings after the first

@@ -126,7 +126,7 @@ NAMES = {  # in figures
 }
 
 
-class Draws(NamedTuple):
+class EnsembleDraws(NamedTuple):
     """The random numbers of one ensemble, shared by all ε and all arms, so that their differences are paired."""
 
     T: Tensor  # (n, h, h) standard normal / √h: elements of the Lie algebra, g = exp(εT)
@@ -136,17 +136,17 @@ class Draws(NamedTuple):
     units: Tensor  # (h,) a permutation of the hidden units
 
 
-def draw(elements: int, seed: int, device="cpu", hidden: int = HIDDEN) -> Draws:
+def draw(elements: int, seed: int, device="cpu", hidden: int = HIDDEN) -> EnsembleDraws:
     generator = torch.Generator().manual_seed(seed)
     T = torch.randn(elements, hidden, hidden, generator=generator, dtype=torch.float64) / hidden**0.5
     R = torch.rand(elements, hidden, hidden, generator=generator, dtype=torch.float64)
-    orders = torch.rand(elements, hidden, generator=generator).argsort(1)
-    P = torch.eye(hidden, dtype=torch.float64)[orders]
-    drawn = Draws(T, R, P, torch.randperm(elements, generator=generator), torch.randperm(hidden, generator=generator))
-    return Draws(*(d.to(device) for d in drawn))
+    P = torch.eye(hidden, dtype=torch.float64)[torch.rand(elements, hidden, generator=generator).argsort(1)]
+    orders = (torch.randperm(n, generator=generator) for n in (elements, hidden))
+    drawn = EnsembleDraws(T, R, P, *orders)
+    return EnsembleDraws(*(d.to(device) for d in drawn))
 
 
-def ensemble(arm: str, draws: Draws, epsilon: float, H: Tensor, activation: Activation):
+def ensemble(arm: str, draws: EnsembleDraws, epsilon: float, H: Tensor, activation: Activation):
     """The ensemble (g, π), both (n, h, h) in float64, of one of ARMS. H (n, h, m): for each element the batch for π.
 
     group: g = exp(εT), π = σ(H) σ(gH)^+. The controls keep that g and replace π:

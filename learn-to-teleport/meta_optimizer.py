@@ -31,8 +31,8 @@ RATES = (1e-7, 5e-3)  # learned learning rates are clamped to this range
 DIVERGED = 1e6  # meta-training stops when a loss exceeds the run's first by this factor
 
 
-class Arm(NamedTuple):
-    """What one curve of Figure 6 does at each step."""
+class Learner(NamedTuple):
+    """An arm of Figure 6: what a learned optimizer does at each step."""
 
     name: str
     local: str  # "rate": gradient descent with a learned learning rate; "update": a learned update

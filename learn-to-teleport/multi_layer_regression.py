@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from meta_optimizer import (
     FIRST_RATE,
     RATES,
-    Arm,
     Diverged,
+    Learner,
     MetaOptimizer,
     gradient_descent,
     meta_test,
@@ -70,16 +70,16 @@ CLAIM = Claim(
 # Trained together, part by part.
 PARTS = {
     "lr": [
-        Arm("LSTM(lr, teleport)", "rate", "learned"),
-        Arm("LSTM(lr, teleport), published inverse", "rate", "learned", "first-order"),
-        Arm("LSTM(lr, teleport), full meta-gradient", "rate", "learned", meta_gradient="full"),
-        Arm("LSTM(lr, random element)", "rate", "random"),
-        Arm("LSTM(lr)", "rate", None),
+        Learner("LSTM(lr, teleport)", "rate", "learned"),
+        Learner("LSTM(lr, teleport), published inverse", "rate", "learned", "first-order"),
+        Learner("LSTM(lr, teleport), full meta-gradient", "rate", "learned", meta_gradient="full"),
+        Learner("LSTM(lr, random element)", "rate", "random"),
+        Learner("LSTM(lr)", "rate", None),
     ],
-    "update_teleport": [Arm("LSTM(update, teleport)", "update", "learned")],
-    "update_published": [Arm("LSTM(update, teleport), published inverse", "update", "learned", "first-order")],
-    "update_random": [Arm("LSTM(update, random element)", "update", "random")],
-    "update": [Arm("LSTM(update)", "update", None)],
+    "update_teleport": [Learner("LSTM(update, teleport)", "update", "learned")],
+    "update_published": [Learner("LSTM(update, teleport), published inverse", "update", "learned", "first-order")],
+    "update_random": [Learner("LSTM(update, random element)", "update", "random")],
+    "update": [Learner("LSTM(update)", "update", None)],
 }
 CLAMP = "GD, rates of the clamp"
 GD_ARMS = ("GD", CLAMP, "GD, best rate")

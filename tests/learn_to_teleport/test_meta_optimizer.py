@@ -11,8 +11,8 @@ sys.path.insert(0, str(ROOT / "learn-to-teleport"))
 
 import meta_optimizer
 from meta_optimizer import (
-    Arm,
     Diverged,
+    Learner,
     MetaOptimizer,
     Problem,
     Unroll,
@@ -26,11 +26,11 @@ from meta_optimizer import (
 from teleport import apply_to_layers, forward, leaky_relu, postactivation_action, squared_gradient_norm
 
 RATE = [
-    Arm("teleport", "rate", "learned"),
-    Arm("published", "rate", "learned", "first-order"),
-    Arm("full", "rate", "learned", meta_gradient="full"),
-    Arm("random", "rate", "random"),
-    Arm("none", "rate", None),
+    Learner("teleport", "rate", "learned"),
+    Learner("published", "rate", "learned", "first-order"),
+    Learner("full", "rate", "learned", meta_gradient="full"),
+    Learner("random", "rate", "random"),
+    Learner("none", "rate", None),
 ]
 UPDATE = [arm._replace(local="update") for arm in RATE]
 D = 4
