@@ -33,7 +33,7 @@ from common.mlp import initial_weights
 from common.protocol import against, number
 from common.run import Outcome
 from common.statistics import compare, percent
-from common.tuning import GRID, compared, in_chunks
+from common.tuning import GRID, compared, in_chunks, room
 from teleport import leaky_relu, preactivation_action, rescaling_action, squared_gradient_norm, teleport
 
 CLAIM = Claim(
@@ -191,7 +191,8 @@ def train(run, optimizer, arms, factors, seeds, data):
         curves = stacked(run, optimizer, arms, factors, seeds, data)
         return {key: curves[key] for key in ("train_loss", "test_loss")}
 
-    return in_chunks(chunk, seeds, factors.size, initial_weights(dimensions(run.settings, data), seeds[:1]))
+    one = initial_weights(dimensions(run.settings, data), seeds[:1])
+    return in_chunks(chunk, seeds, factors.size, one, room(run.device))
 
 
 def schedules(s, optimizer):

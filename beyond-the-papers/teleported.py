@@ -17,7 +17,7 @@ from common.arms import Arm, Stack, draw_batches
 from common.losses import batch_loss
 from common.mlp import initial_weights
 from common.protocol import number
-from common.tuning import in_chunks
+from common.tuning import in_chunks, room
 from teleport import (
     Teleportation,
     apply_to_layers,
@@ -81,7 +81,8 @@ def train(run, data, optimizer, which, factors, seeds):
         curves = stack.train(run, data, s.epochs, s.batch, {0: before}, desc=optimizer)
         return {key: curves[key] for key in ("train_loss", "test_loss")}
 
-    return in_chunks(chunk, seeds, factors.size, initial_weights(dimensions(data), seeds[:1]))
+    one = initial_weights(dimensions(data), seeds[:1])
+    return in_chunks(chunk, seeds, factors.size, one, room(run.device))
 
 
 def train_layers(run, data, optimizer, factors, seeds):

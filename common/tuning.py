@@ -23,7 +23,9 @@ from common.statistics import Comparison, Runs, compare, family, runs_needed
 
 GRID = (1, 1.1, 1.2, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50)
 STRIDE = 3  # rungs by which the grid grows at once
-MEMORY = 2**27  # bytes that the weights, gradients and optimizer states of one stack may take
+# Bytes that the weights, gradients and optimizer states of one stack may take. A CPU trains a stack that fits its cache
+# up to twice as fast; a GPU wants a large one.
+MEMORY, CACHE, GPU = 2**27, 2**24, 2**30
 
 
 class Tuned(NamedTuple):
@@ -129,15 +131,22 @@ def disjoint_seeds(tuning: int, compared: int, draw: Callable = published_seeds)
     return seeds[:tuning], seeds[tuning:]
 
 
-def in_chunks(train: Callable, seeds: Sequence[int], members: int, weights: Sequence[Tensor]) -> dict:
-    """train(seeds) -> {key: (A, F, S, …)} on chunks of the seeds that fit MEMORY, joined along S.
+def in_chunks(
+    train: Callable, seeds: Sequence[int], members: int, weights: Sequence[Tensor], memory: int = MEMORY
+) -> dict:
+    """train(seeds) -> {key: (A, F, S, …)} on chunks of the seeds that fit the memory, in bytes, joined along S.
 
     members: of the stack for each seed; weights: of one member or more, (…, d_m, d_{m-1}) each.
     """
     size = 4 * sum(W.shape[-1] * W.shape[-2] * W.element_size() for W in weights)  # weights, gradients, two states
-    chunk = max(1, MEMORY // (size * members))
+    chunk = max(1, memory // (size * members))
     results = [train(seeds[i : i + chunk]) for i in range(0, len(seeds), chunk)]
     return {key: torch.cat([r[key] for r in results], 2) for key in results[0]}
+
+
+def room(device: torch.device) -> int:
+    """How much memory a stack that trains on this device should take, in bytes."""
+    return CACHE if device.type == "cpu" else GPU
 
 
 def compared(

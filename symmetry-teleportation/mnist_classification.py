@@ -40,7 +40,7 @@ from common.mlp import initial_weights
 from common.protocol import against
 from common.published import teleport_postactivation
 from common.run import Outcome
-from common.tuning import in_chunks
+from common.tuning import in_chunks, room
 from teleport import (
     Teleportation,
     leaky_relu,
@@ -114,7 +114,7 @@ def experiment(run):
             curves = train(run, case, [every[a] for a in which], factors, seeds, data)[0]
             return {key: curves[key] for key in ("train_loss", "test_loss")}
 
-        return in_chunks(chunk, seeds, factors.size, one)
+        return in_chunks(chunk, seeds, factors.size, one, room(run.device))
 
     cases = [f"{network} {optimizer}" for network in s.networks for optimizer in OPTIMIZERS]
     arrays, tuned, seeds, metrics = protocol.stages(run, cases, ARMS, train_arms, ["postactivation"])
