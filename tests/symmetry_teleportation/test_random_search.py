@@ -1,6 +1,7 @@
 """Biases as a column, random elements, random search, and what the script records."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from teleport import (
 )
 
 sampling = load_script("symmetry-teleportation/random_search.py")
-biases, variant = sampling.sys.modules["biases"], sampling.variant
+biases, variant, sampled = sampling.sys.modules["biases"], sampling.variant, sampling.sampled
 LEAKY = leaky_relu(0.1)
 
 
@@ -87,7 +88,7 @@ def biased():
     def loss_fn(weights):
         return cross_entropy(forward(weights, X, sampling.ACTIVATION), labels)
 
-    return parameters, sampling.homogeneous(parameters), X, labels, loss_fn
+    return parameters, biases.homogeneous(parameters), X, labels, loss_fn
 
 
 def with_biases(parameters, X):
@@ -108,7 +109,7 @@ def test_homogeneous_coordinates_are_biases(biased):
 
 def test_affine_action_keeps_outputs_and_the_constant_unit(biased):
     _, weights, X, _, _ = biased
-    moved = apply_to_layers(weights, X, [normal(1, 9, 9), normal(2, 8, 8)], sampling.affine_action, sampling.ACTIVATION)
+    moved = apply_to_layers(weights, X, [normal(1, 9, 9), normal(2, 8, 8)], biases.affine_action, sampling.ACTIVATION)
     assert all(torch.equal(M[-1], W[-1]) for M, W in zip(moved[:-1], weights))
     assert not torch.equal(moved[1][:-1, -1], weights[1][:-1, -1])  # the next layer's biases take part
     close(forward(moved, X, sampling.ACTIVATION), forward(weights, X, sampling.ACTIVATION))
@@ -116,7 +117,7 @@ def test_affine_action_keeps_outputs_and_the_constant_unit(biased):
 
 def test_diagonally_dominant_elements():
     identity, generator = torch.eye(6, dtype=torch.float64), torch.Generator().manual_seed(1)
-    g = sampling.diagonally_dominant(identity, 20, 2.0, generator)
+    g = biases.diagonally_dominant(identity, 20, 2.0, generator)
     block = g[:, :-1, :-1]
     diagonal = block.diagonal(dim1=-2, dim2=-1)
     close(block.norm(dim=(-2, -1)), torch.full((20,), 2.0), 1e-6)
@@ -141,7 +142,7 @@ def test_training_keeps_the_constants_and_trains_biases(biased):
     parameters, weights, *_ = biased
     x = torch.cat([normal(8, 30, 9), torch.ones(30, 1)], 1).float()
     y = torch.arange(30) % 4
-    net = StackedMLP(tuple(W.float()[None] for W in weights), "SGD", 0.1, sampling.SLOPE)
+    net = StackedMLP(tuple(W.float()[None] for W in weights), "SGD", 0.1, sampled.SLOPE)
     sampling.train_epoch(net, x, y, 10)
     mine = [W.float().requires_grad_() for W in parameters]
     for batch, labels in zip(x.split(10), y.split(10)):
@@ -220,6 +221,34 @@ def test_elements_keep_their_batch_s_loss_and_rescalings_every_loss(tiny):
 def test_curves_have_a_value_for_every_run_and_epoch(tiny):
     (arrays,) = tiny("symmetry-teleportation/random_search.py")[0].arrays.values()
     assert arrays["start/train_loss"].shape == (2, 1) and arrays["search/train_loss"].shape == (2, 2)
+
+
+def test_an_arm_in_the_tuned_stack_is_trained_and_moved_as_alone():
+    """Every arm, rate and run of the stack against one network by itself; a run that diverges stops nobody."""
+    s = replace(sampling.PRESETS["tiny"], widths=(8, 7), candidates=20, tuned_epochs=3, lr=0.05)
+    x = torch.cat([normal(1, 60, 9).float(), torch.ones(60, 1)], 1)
+    data, seeds, factors = SimpleNamespace(y=torch.arange(60) % 10), [3, 4], np.tile([[1.0, 2.0, 1e12]], (5, 1))
+    losses = sampled.train(s, sampled.ARMS, factors, seeds, x, data)["train_loss"]
+    assert losses.shape == (5, 3, 2, 3) and not losses[:, 2].isfinite().all()
+    X, labels = x[: s.batch].T.double(), data.y[: s.batch]
+    for a, arm in enumerate(sampled.ARMS):
+        for f, k in ((0, 0), (1, 1)):
+            net = sampled.new_net(sampled.start_weights(s, x, seeds[k : k + 1]), s.lr * factors[a, f])
+            alone = [sampled.train_epoch(net, x, data.y, s.batch)]
+            if arm == "lr x10":
+                net.lr *= 10
+            elif arm != "baseline":
+                W = sampled.moved(s, arm, tuple(V[0].double() for V in net.weights), X, labels, seeds[k])
+                net.set(slice(None), [V[None].float() for V in W])
+            alone += [sampled.train_epoch(net, x, data.y, s.batch) for _ in range(2)]
+            close(losses[a, f, k], torch.stack(alone)[:, 0], 1e-4)
+    assert (losses[:, 0, :, 0] == losses[:1, 0, :, 0]).all() and (losses[1:, 0, :, 1] != losses[0, 0, :, 1]).all()
+
+
+def test_best_rates_are_compared_on_other_runs(tiny):
+    (arrays,) = tiny("symmetry-teleportation/random_search.py")[0].arrays.values()
+    assert arrays["tuned/train_loss"].shape == (5, 2, 2) and arrays["tuning/scores"].shape[::2] == (5, 2)
+    assert sampled.numbers(sampling.PRESETS["tiny"], np.array([[1.0, 2.0]])) == np.log(2.0)  # from the teleport on
 
 
 def test_a_missing_dataset_is_one_line(tmp_path):
