@@ -135,7 +135,7 @@ class AxisTracer(Rearranged, Follower):
         if MAKES.fullmatch(name) or not (known or name == "expand"):
             return
         self.used |= {leaf for x in known for leaf in self.leaves.get(x, ())}
-        floats = [torch.finfo(x.dtype).eps for x in outputs if x.is_floating_point()]
+        floats = [torch.finfo(x.dtype).eps for x in outputs if known and x.is_floating_point()]
         self.epsilon = max([self.epsilon, *floats])
         given = {a.name: a.default_value for a in function._schema.arguments if a.has_default_value()}
         given |= dict(zip((a.name for a in function._schema.arguments), args)) | kwargs

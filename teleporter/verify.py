@@ -142,7 +142,7 @@ def _tried(
     with _disturbed(model, dtype, still_gains(symmetries), sorted(buffers)):
         before, found = output(), {}
         for rotating in (False, True):  # what norms read: some compute in float32 whatever the model's dtype, and round
-            pairs = [(s, T) for s, T in zip(symmetries, random) if (s.kind == "stream") == rotating]
+            pairs = [(s, T) for s, T in zip(symmetries, random) if (s.kind in ("stream", "permutation")) == rotating]
             allowed = max(tolerance, 1e-5 * rotating)
             move(pairs)
             if not pairs or relative_change(before, output()) <= allowed:

@@ -553,6 +553,37 @@ def test_without_inputs_the_rest_is_left_alone(name):
         raise AssertionError(found)
 
 
+def test_a_run_that_cannot_be_followed_falls_back_on_the_graph(monkeypatch):
+    def failing(model, inputs):
+        raise NotImplementedError("of this operation nothing is known")
+
+    monkeypatch.setattr(permutations, "followed", failing)
+    model, x = made("cnn")
+    teleporter = teleporter_of(model, x)
+    assert [s.name for s in teleporter.symmetries] == ["0 -> 3", "3 -> 6"]
+    assert "nothing is known" in teleporter.left_alone["trace of the inputs"]
+    moved(teleporter, x, generator=torch.Generator().manual_seed(3))
+    last = Net(lambda s, x: s.b(s.a(x).permute(0, 2, 3, 1).flatten(1)), a=nn.Conv2d(3, 5, 3), b=nn.Linear(80, 2))
+    with pytest.raises(ValueError, match="permute is not"):
+        teleporter_of(last, x)
+
+
+class Single(nn.RMSNorm):
+    def forward(self, x):
+        return super().forward(x.float()).to(x)
+
+
+def test_what_is_computed_in_single_precision_rounds():
+    model = Net(lambda s, x: s.b(s.norm(s.a(x))), a=nn.Linear(3, 64), norm=Single(64, dtype=torch.float32),
+                b=nn.Linear(64, 2))  # fmt: skip
+    x = torch.randn(40, 3)
+    teleporter = teleporter_of(model, x)
+    before = outputs(model, x)
+    teleporter.permute()
+    assert [s.name for s in teleporter.symmetries] == ["a -> b"]
+    assert 0 < relative_change(before, outputs(model, x)) <= 1e-6
+
+
 def test_a_copy_moves_its_own_model():
     model, x = made("mlp")
     teleporter = teleporter_of(model, x)
