@@ -568,14 +568,11 @@ def test_a_run_that_cannot_be_followed_falls_back_on_the_graph(monkeypatch):
         teleporter_of(last, x)
 
 
-class Single(nn.RMSNorm):
-    def forward(self, x):
-        return super().forward(x.float()).to(x)
-
-
 def test_what_is_computed_in_single_precision_rounds():
-    model = Net(lambda s, x: s.b(s.norm(s.a(x))), a=nn.Linear(3, 64), norm=Single(64, dtype=torch.float32),
-                b=nn.Linear(64, 2))  # fmt: skip
+    def normed(h):
+        return (h.float() * h.float().square().mean(-1, keepdim=True).rsqrt()).to(h)
+
+    model = Net(lambda s, x: s.b(normed(s.a(x))), a=nn.Linear(3, 64), b=nn.Linear(64, 2))
     x = torch.randn(40, 3)
     teleporter = teleporter_of(model, x)
     before = outputs(model, x)
@@ -704,7 +701,7 @@ def test_every_bug_is_seen(bug, monkeypatch):
     for judge in judges():
         try:
             judge()
-        except BaseException:  # pytest's own failures are no Exception
+        except (Exception, pytest.fail.Exception):
             seen = True
             break
     assert seen != bug.startswith("none")
