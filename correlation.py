@@ -241,10 +241,10 @@ def judge(*outcomes):
     narrow = {r.label: correlations(r.arrays, r.settings.samples, 0.9) for r in outcomes}
     words = {(label, name): _word(narrow[label][name], p, SIGNS[name]) for (label, name), p in zip(cases, adjusted)}
     word, limits = weigh(words, dict.fromkeys(SIGNS, "shown"), TEXT)
-    sentence = "; ".join(f"r({TEXT[name]}, test loss) = {_where(found, name)}" for name in SIGNS) + "."
+    sentence = "; ".join(f"r({TEXT[name]}, test loss): {_where(found, name)}" for name in SIGNS) + "."
     details = [_detail(label, c) for label, c in found.items()] + [OLD]
     published = [row for r in outcomes for row in published_rows(r, found[r.label])]
-    return Verdict(word, limits, sentence, details, f"r(ψ) = {_where(found, 'psi')}", published)
+    return Verdict(word, limits, sentence, details, f"r(ψ): {_where(found, 'psi')}", published)
 
 
 def _word(narrow, p, sign):
@@ -257,7 +257,7 @@ def _word(narrow, p, sign):
 
 
 def _where(found, name):
-    return ", ".join(f"{c[name].r:+.2f} ({label})" for label, c in found.items())
+    return ", ".join(f"{label} {c[name].r:+.2f}" for label, c in found.items())
 
 
 def _detail(label, found):

@@ -81,7 +81,7 @@ def training(rate):
     for optimizer in ("SGD", "Adam"):
         alone = one_network(optimizer, torch.rand(BATCH, DIMS[0]), torch.randint(10, (BATCH,)))
         rows.append([f"{optimizer}, one nn.Module", f"{alone * 1e3:.3f}", f"{alone * 1e6:.1f}", "1", "", ""])
-        for members in (5, 20, 100):
+        for members in (5, 20, 100, 600):
             net = StackedMLP(initial_weights(DIMS, published_seeds(members)), optimizer, 1e-3)
             x, y = torch.rand(BATCH, DIMS[0]), torch.randint(10, (BATCH,))
             step, bound = best(lambda: net.step(x, y)), floor(members, optimizer)  # noqa: B023

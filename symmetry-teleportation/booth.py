@@ -13,11 +13,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import so2
+from orbits import TestFunction
 
 from common import cli
 from common.claims import Claim
 
-BOOTH = so2.TestFunction(
+BOOTH = TestFunction(
     loss=lambda x, y: (x + 2 * y - 7) ** 2 + (2 * x + y - 5) ** 2,
     to_uv=lambda x, y: (x + 2 * y - 7, 2 * x + y - 5),
     from_uv=lambda u, v: (-u / 3 + 2 * v / 3 + 1, 2 * u / 3 - v / 3 + 3),
@@ -39,7 +40,7 @@ CLAIM = Claim(
 )
 
 PAPER = so2.Settings(start=(5.0, -5.0), steps=10, teleports=(4,), lr=0.08, lr_theta=1e-3, adagrad_lr=3.0)
-PRESETS = {"tiny": replace(PAPER, seeds=2), "quick": PAPER, "paper": PAPER}
+PRESETS = {"tiny": replace(PAPER, seeds=2, random_starts=20), "quick": PAPER, "paper": PAPER}
 experiment, plot = partial(so2.experiment, function=BOOTH), partial(so2.plot, function=BOOTH)
 
 # Recorded by running the authors' code: (arm, step) -> loss.

@@ -13,11 +13,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import so2
+from orbits import TestFunction
 
 from common import cli
 from common.claims import Claim
 
-ROSENBROCK = so2.TestFunction(
+ROSENBROCK = TestFunction(
     loss=lambda x, y: 100 * (x**2 - y) ** 2 + (x - 1) ** 2,
     to_uv=lambda x, y: (10 * (x**2 - y), x - 1),
     from_uv=lambda u, v: (v + 1, (v + 1) ** 2 - u / 10),
@@ -41,7 +42,11 @@ CLAIM = Claim(
 PAPER = so2.Settings(
     start=(-1.0, -1.0), steps=1000, teleports=tuple(range(99, 1000, 100)), lr=1e-3, lr_theta=0.1, adagrad_lr=3.0
 )
-PRESETS = {"tiny": replace(PAPER, steps=250, teleports=(99, 199), seeds=2), "quick": PAPER, "paper": PAPER}
+PRESETS = {
+    "tiny": replace(PAPER, steps=250, teleports=(99, 199), seeds=2, random_starts=20),
+    "quick": PAPER,
+    "paper": PAPER,
+}
 experiment, plot = partial(so2.experiment, function=ROSENBROCK), partial(so2.plot, function=ROSENBROCK)
 
 # Recorded by running the authors' code: (arm, step) -> loss.

@@ -35,6 +35,15 @@ mode it could be traded against the scale and statistics of the BatchNorm, but t
     "preactivation", "postactivation"   g in GL(width) between two Linear (teleport.py). Data-dependent: exact on a
                   batch no larger than the layer, a least-squares fit otherwise. Only on request, and on their own.
 
+    "permutation" orders of hidden units, of any activation, of heads, of a residual stream. Only on request and on its
+                  own, since no gradient leads there: `permute` moves, `undo` takes back bit for bit. All that belongs
+                  to a unit moves along: gradients, optimizer state, averaged copies, statistics of a BatchNorm, slopes,
+                  gains, saved buffers. Whatever tells units apart by their position (slices, softmax, constants,
+                  operations without a rule) leaves them alone. The function is the same in evaluation mode, up to the
+                  order of sums; in training mode dropout meets other units.
+
+        Teleporter(model, "permutation", inputs=x, optimizer=optimizer).permute({"fc1 -> fc2": order})
+
 Gradients move against the weights: where L is invariant, ∂L/∂W of a writer moves by M^-T, that of a reader by M. One
 gradient G therefore gives the gradient norm on the whole orbit, and its derivative at M = exp(T), T = 0,
 

@@ -19,7 +19,8 @@ def lines(rows: list[dict]) -> list[tuple]:
     for row in rows:
         if row["reason"] is None:
             size = "×".join(map(str, row["shape"])) + (f" = {row['dimension']}" if len(row["shape"]) > 1 else "")
-            found.append((row["kind"], f"{short(row['name'])} {size}"))
+            unit = " units" if row["kind"] == "permutation" else ""
+            found.append((row["kind"], f"{short(row['name'])} {size}{unit}"))
         else:
             groups[re.sub(r"\d+", "*", f"{row['name']}: {row['reason']}")].append(row)
     stay = []

@@ -113,6 +113,19 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
                     _refill(value, content)
 
 
+@contextmanager
+def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """All modules in evaluation mode, or all in training mode, whatever mode each of them is in."""
+    before = [(m, m.training) for m in model.modules()]
+    try:
+        for m, _ in before:
+            m.training = training
+        yield
+    finally:
+        for m, mode in before:
+            m.training = mode
+
+
 def _refill(container: list | dict | set, content: list | dict | set) -> None:
     container.clear()
     (container.extend if isinstance(container, list) else container.update)(content)

@@ -12,7 +12,9 @@ from teleporter import listing, named, rotations
 from teleporter.finder import Finder, exact_candidates
 from teleporter.hidden import act_on_hidden, pull_back
 from teleporter.low_rank import LowRankRotation
+from teleporter.moves import Moves
 from teleporter.passes import check_loss, gradient, kept_buffers, recorded_inputs, same_randomness, undone_on_error
+from teleporter.permutations import Permutations
 from teleporter.state import checked, copies, notes, resolve_unknown, transport
 from teleporter.symmetry import Attention, Pair, move_
 from teleporter.verify import (
@@ -31,14 +33,14 @@ _ACTIONS = {"preactivation": preactivation_action, "postactivation": postactivat
 _BY_HAND, _HALVINGS = Pair | Attention | rotations.Rotary | rotations.Stream, 10
 
 
-class Teleporter:
+class Teleporter(Moves):
     """Moves a model's parameters, in place, along its symmetries to where an objective is larger.
 
     model: any nn.Module. symmetries: "auto" (all that are exact), or a list of "rescale", "attention", "stream"
     (found in the model), Pair, Attention, Rotary and Stream (given by hand); or ["preactivation"] or
     ["postactivation"]; or "low_rank" with objective "gradient_eigenbasis" and an optimizer, which rotates the inner
     spaces of a LoRA (low_rank.py): `step()` then takes nothing and goes between optimizer.step() and zero_grad(),
-    `low_rank` is the LowRankRotation. objective:
+    `low_rank` is the LowRankRotation; or "permutation", orders of hidden units: only `permute` and `undo`. objective:
     "gradient_norm", ‖∂L/∂W‖² over all trainable parameters; "line_search_decrease", what the best first step of the
     optimizer gains by Gauss-Newton; "look_ahead", minus the loss after some of its steps; "balance", −Σ‖W‖², which goes
     to its maximum at once, whatever the bound; or objective(loss, parameters) -> scalar, parameters {name: tensor},
@@ -70,7 +72,7 @@ class Teleporter:
     def __init__(self, model, symmetries="auto", objective="gradient_norm", bound=2.0, *, maximize=True, optimizer=None,
                  averaged=None, strict=False, on_unknown_state=None, tolerance=1e-3, inputs=None,
                  total_bound=2.0**20):  # fmt: skip
-        self.low_rank = None
+        self.low_rank = self.permutations = None
         items = [symmetries] if isinstance(symmetries, str) else list(symmetries)
         if objective == "gradient_eigenbasis" or "low_rank" in items:
             if objective != "gradient_eigenbasis" or items != ["low_rank"]:
@@ -81,6 +83,14 @@ class Teleporter:
             self.symmetries, self.left_alone = [], self.low_rank.left_alone
             return
         refuse_distributed(model)
+        if "permutation" in items:
+            if items != ["permutation"] or (objective, bound, maximize, strict) != ("gradient_norm", 2.0, True, False):
+                raise ValueError(
+                    '"permutation" stands alone: objective, bound, maximize, strict have no meaning for it'
+                )
+            self.permutations = Permutations(model, inputs, optimizer, averaged, on_unknown_state, tolerance)
+            self.symmetries, self.left_alone = self.permutations.symmetries, self.permutations.left_alone
+            return
         self.named = named.checked(objective, optimizer, items, maximize, bound)
         if not bound <= total_bound < math.inf:
             raise ValueError(f"total_bound must be finite and not below bound, got {total_bound}")
@@ -135,7 +145,8 @@ class Teleporter:
     def __repr__(self):
         if self.low_rank is not None:
             return repr(self.low_rank).replace("LowRankRotation", "Teleporter")
-        found = listing.lines(self.table()) + [("not exact", note) for note in self._notes()]
+        found = listing.lines(self.table())
+        found += [("not exact", note) for note in (() if self.permutations is not None else self._notes())]
         return "Teleporter(\n" + "".join(f"  {kind:<11} {what}\n" for kind, what in found) + ")"
 
     def table(self) -> list[dict]:
@@ -201,6 +212,7 @@ class Teleporter:
             if inputs is not None or loss_fn is not None:
                 raise ValueError("step() of low_rank takes no arguments: it reads the gradients that backward left")
             return self.low_rank.step()
+        self._refuse_permutations()
         if loss_fn is None and self.named != "balance":
             raise ValueError("step needs inputs and loss_fn")
         self._verify(inputs, search=True)
@@ -244,6 +256,7 @@ class Teleporter:
     def random_tangents(self, generator=None) -> list:
         """Tangents as long as those of `step` in a random direction: `apply` them for a control."""
         self._refuse_rotations()
+        self._refuse_permutations()
         like = dict(generator=generator, dtype=torch.float64, device="cpu" if generator is None else generator.device)
         random = (torch.randn(s.shape, **like).cpu() for s in self.symmetries)
         return [s.steepest(D) * math.log(self.bound) for s, D in zip(self.symmetries, random)]
@@ -257,6 +270,7 @@ class Teleporter:
         and for outputs that moved.
         """
         self._refuse_rotations()
+        self._refuse_permutations()
         if self.action is not None:
             raise ValueError("a data-dependent action has no meaning without data: use step")
         tangents = proper(tangents, self.symmetries)
@@ -284,72 +298,14 @@ class Teleporter:
 
     def __setstate__(self, state):
         vars(self).update(state)
-        if self.low_rank is None:
+        if self.low_rank is None and self.permutations is None:
             self.fingerprint = fingerprint(self.model)
-
-    def _refuse_rotations(self):
-        if self.low_rank is not None:
-            raise ValueError("a rotation has no tangents and is not undone: see Teleporter.low_rank.apply")
 
     def _output(self, inputs):
         if inputs is None:
             return []
         with torch.no_grad(), same_randomness(self.model), kept_buffers(self.model):
             return tensors_of(called(self.model, inputs))
-
-    def _remember(self, tangents):
-        """Move the optimizer's state after the parameters, and note the move."""
-        moved = [(s, T) for s, T in zip(self.symmetries, tangents) if T.any()]
-        if moved:
-            self._transport(*zip(*moved))
-            self.moves.append(moved)
-            self.totals |= {s.name: self._total(s, T) for s, T in moved}
-
-    def undo(self) -> None:
-        """Move back to where the orbit was entered, the latest move first, keeping what was trained in between.
-
-        Exact as every move is; bit for bit where all factors were powers of two (rescalings by `step` with the default
-        bound) and nothing under- or overflows.
-        """
-        self._refuse_rotations()
-        self._verify(None)
-        while self.moves:
-            symmetries, tangents = zip(*self.moves[-1])
-            tangents = [-T for T in tangents]
-            with torch.no_grad(), undone_on_error(self._moving()):
-                move_(self.parameters, symmetries, tangents)
-            self.moves.pop()
-            self._transport(symmetries, tangents)
-        self.totals = {}
-
-    def _within_total_bound(self, tangents, allowed=math.inf):
-        """The tangents, shortened where the factor since the start would leave [1/total_bound, total_bound].
-
-        allowed: the rounding allowed. A matrix of singular values up to k and its inverse round by about k² ε.
-        """
-        if self.action is not None:
-            return tangents
-        limit, shortened = math.log(self.total_bound), []
-        rounding = math.log(allowed / (16 * (precision(self.parameters.values()) or 1.0))) / 2  # 0: no parameters
-        mixing = min(limit, max(rounding, math.log(self.bound)))
-        for s, T in zip(self.symmetries, tangents):
-            total = self._total(s, T)
-            if s.kind == "rescale":
-                rest = T.sign() * limit - (total - T)  # up to the bound; not a rounding error further
-                T = torch.where(total.abs() <= limit + 1e-9, T, torch.where(rest.abs() > 1e-9, rest, 0.0))
-            else:
-                size = torch.linalg.svdvals(total).log().abs().amax(-1)
-                T = torch.where((size <= mixing + 1e-9)[:, None, None], T, 0.0)
-            shortened.append(T)
-        return shortened
-
-    def _total(self, s, T):
-        """What all moves along a symmetry make, one by T included: of rescalings the tangent, else the matrices."""
-        past = self.totals.get(s.name)
-        if s.kind == "rescale":
-            return T if past is None else past + T
-        element = T.new_ones(1, 1, 1) if s.kind == "stream" else torch.linalg.matrix_exp(T)  # a rotation's factor is 1
-        return element if past is None else element @ past
 
     @torch.no_grad()
     def _move(self, tangents, hidden=None):

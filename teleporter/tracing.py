@@ -68,29 +68,13 @@ def named_modules_on_stack(model: nn.Module, stack: list[str]) -> Iterator[None]
             hook.remove()
 
 
-# Of one tensor:
-KNOWN = re.compile(
-    "|".join(p.pattern for p in (MOVES_AS_FLOATS, LINEAR, HOMOGENEOUS, REDUCTIONS, POOLS, CLAMPS, SIGNS))
-)
+class Follower(TorchDispatchMode):
+    """Sees every operation of the forward passes in its context."""
 
-
-class Tracer(Products, TorchDispatchMode):
-    """Follows the labels through the forward pass in its context.
-
-    labels: {tensor: its labels}; tags: {parameter or rearrangement of it: (name, flat positions in the parameter)}; a
-    tensor in neither is FIXED. uses: {name: [(positions, labels of what they write, labels of what they read)]}.
-    """
-
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-        """Nothing has run yet; parameters: those that may move, {name: parameter}."""
+    def __init__(self, model: nn.Module) -> None:
+        """Nothing has run yet."""
         super().__init__()
-        self.classes, self.stack, self.model = Classes(), ["the model"], model
-        self.labels, self.tags = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
-        self.uses = {name: [] for name in parameters}
-        self.whole, self.fixed, self.parameters, self.calls = {}, {}, parameters, 0
-        self.turns, self.streams = Turns(self), Streams(self)
-        for name, p in parameters.items():
-            self.tags[p] = (name, torch.arange(p.numel(), device=p.device).view(p.shape))
+        self.stack, self.model = ["the model"], model
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -119,9 +103,47 @@ class Tracer(Products, TorchDispatchMode):
             output = function.decompose(*args, **kwargs)
         if output is NotImplemented:
             output = function(*args, **kwargs)
-            self.follow(function, args, kwargs, output)
-            self.turn(function, args, kwargs, output)
+            self.seen(function, args, kwargs, output)
         return output
+
+    def seen(self, function: OpOverload, args: tuple, kwargs: dict, output: Any) -> None:
+        """Follow an operation that has run."""
+        raise NotImplementedError
+
+    @property
+    def place(self) -> str:
+        """The module whose forward is running, for reasons."""
+        return self.stack[-1] or "the model"
+
+
+# Of one tensor:
+KNOWN = re.compile(
+    "|".join(p.pattern for p in (MOVES_AS_FLOATS, LINEAR, HOMOGENEOUS, REDUCTIONS, POOLS, CLAMPS, SIGNS))
+)
+
+
+class Tracer(Products, Follower):
+    """Follows the labels through the forward pass in its context.
+
+    labels: {tensor: its labels}; tags: {parameter or rearrangement of it: (name, flat positions in the parameter)}; a
+    tensor in neither is FIXED. uses: {name: [(positions, labels of what they write, labels of what they read)]}.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        """Nothing has run yet; parameters: those that may move, {name: parameter}."""
+        super().__init__(model)
+        self.classes = Classes()
+        self.labels, self.tags = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self.uses = {name: [] for name in parameters}
+        self.whole, self.fixed, self.parameters, self.calls = {}, {}, parameters, 0
+        self.turns, self.streams = Turns(self), Streams(self)
+        for name, p in parameters.items():
+            self.tags[p] = (name, torch.arange(p.numel(), device=p.device).view(p.shape))
+
+    def seen(self, function: OpOverload, args: tuple, kwargs: dict, output: Any) -> None:
+        """Labels, and what may turn or rotate besides them."""
+        self.follow(function, args, kwargs, output)
+        self.turn(function, args, kwargs, output)
 
     def turn(self, function: OpOverload, args: tuple, kwargs: dict, output: Any) -> None:
         """Follow what may turn in pairs (turning.py), or rotate as a whole (streams.py), besides the labels."""
@@ -167,11 +189,6 @@ class Tracer(Products, TorchDispatchMode):
         """New labels (n,) of a key of their own, on the device of `like`."""
         self.calls += 1
         return self.classes.fresh(n, self.calls).to(like.device)
-
-    @property
-    def place(self) -> str:
-        """The module whose forward is running, for reasons."""
-        return self.stack[-1] or "the model"
 
     def block(self, labels: Tensor, reason: str) -> None:
         """Make labels FIXED."""

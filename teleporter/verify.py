@@ -55,6 +55,11 @@ def proper(tangents: Sequence, symmetries: Sequence[Symmetry]) -> list[Tensor]:
     return tangents
 
 
+def floating_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer) of those that hold numbers, not indices."""
+    yield from ((name, b) for name, b in model.named_buffers() if b.is_floating_point())
+
+
 def tensors_of(output: Any) -> list[Tensor]:
     """Copies of the floating-point tensors in a model's output, whatever container holds them."""
     leaves = tree_leaves(vars(output) if hasattr(output, "__dataclass_fields__") else output)
@@ -73,9 +78,11 @@ def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 
 @contextmanager
-def _disturbed(model: nn.Module, dtype: torch.dtype | None, still: Collection[int]) -> Iterator[None]:
+def _disturbed(
+    model: nn.Module, dtype: torch.dtype | None, still: Collection[int], buffers: Collection[str]
+) -> Iterator[None]:
     """The model with other weights: a layer that starts at zero would hide what reads it. dtype: None keeps its own;
-    still: ids of what keeps its numbers."""
+    still: ids of what keeps its numbers; buffers: names of those that have others too, and as positive (variances)."""
     parameters = {id(p): p for p in model.parameters()}.values()
     before = [(t, t.data) for t in [*parameters, *model.buffers()] if t.is_floating_point()]
     generator = torch.Generator("cpu").manual_seed(0)
@@ -85,6 +92,10 @@ def _disturbed(model: nn.Module, dtype: torch.dtype | None, still: Collection[in
             if isinstance(t, nn.Parameter) and not t.is_meta and id(t) not in still:
                 noise = torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu")
                 t.data += (0.1 * (data.abs().mean() + 0.1) * noise.to(data.device)).to(t.dtype)
+        for name in buffers:
+            t = model.get_buffer(name)
+            noise = torch.rand(t.shape, generator=generator, dtype=torch.float64, device="cpu")
+            t.data += (0.5 * (t.data.abs().mean() + 0.1) * noise.to(t.device)).to(t.dtype)
         yield
     finally:
         for t, data in before:
@@ -127,10 +138,11 @@ def _tried(
         for s, T in pairs:
             s.act_(parameters, sign * T)
 
-    with _disturbed(model, dtype, still_gains(symmetries)):
+    buffers = {slot.name for s in symmetries for slot in s.slots} & {name for name, _ in floating_buffers(model)}
+    with _disturbed(model, dtype, still_gains(symmetries), sorted(buffers)):
         before, found = output(), {}
         for rotating in (False, True):  # what norms read: some compute in float32 whatever the model's dtype, and round
-            pairs = [(s, T) for s, T in zip(symmetries, random) if (s.kind == "stream") == rotating]
+            pairs = [(s, T) for s, T in zip(symmetries, random) if (s.kind in ("stream", "permutation")) == rotating]
             allowed = max(tolerance, 1e-5 * rotating)
             move(pairs)
             if not pairs or relative_change(before, output()) <= allowed:

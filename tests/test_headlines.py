@@ -82,11 +82,11 @@ def test_figure_5():
 
 
 def test_table_1():
-    labels = {"MNIST": "MNIST", "FashionMNIST": "Fashion-MNIST", "CIFAR10": "CIFAR-10 (JPEG)"}
+    labels = {"MNIST": "MNIST (±1 gray level)", "FashionMNIST": "Fashion-MNIST", "CIFAR10": "CIFAR-10 (JPEG)"}
     runs = {label: arrays(f"correlation_{name}") for name, label in labels.items()}
     r = {label: np.corrcoef(a["psi"], a["test_loss"])[0, 1] for label, a in runs.items()}
     verdict, number = said("table-1")
-    assert number == "r(ψ) = " + ", ".join(f"{value:+.2f} ({label})" for label, value in r.items())
+    assert number == "r(ψ): " + ", ".join(f"{label} {value:+.2f}" for label, value in r.items())
     assert all(np.corrcoef(a["phi"], a["test_loss"])[0, 1] > 0.6 for a in runs.values()) and verdict == "holds in part"
 
 

@@ -89,7 +89,7 @@ def moved(effects, n, lost=0, seed=0):
     """Figure 4's arrays of n runs: every arm goes where it is sent and changes the test loss by effects (% by arm), but
     for `lost` runs of each, which go the other way and diverge."""
     generator, s = np.random.default_rng(seed), figure4.PRESETS["tiny"]
-    A, K = len(ARMS), max(*s.teleports_sharpness, *s.teleports_curvature)
+    A, K = len(ARMS), max(figure4.teleports(way, s) for way in figure4.WAYS)
     level = np.exp(0.1 * generator.normal(size=(1, n)) + 0.001 * generator.normal(size=(A, n)))
     phi, up = np.ones((A, n, K, 2, 2)), np.array([0, *(1 if way.maximize else -1 for way in figure4.WAYS)])
     phi *= np.exp(0.1 * up)[:, None, None, None, None]

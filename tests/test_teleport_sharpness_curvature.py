@@ -18,6 +18,8 @@ from teleport import forward, leaky_relu, preactivation_action, teleport
 
 LEAKY = leaky_relu(0.1)
 DIMS = (784, 16, 10, 10)
+PAPER = figure4.PRESETS["paper"]
+EXACT = [way for way in figure4.WAYS if way.action == "preactivation"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,3 +205,11 @@ def test_table_says_what_the_arrays_say(tiny):
         assert arrays[f"{key}_end"].shape == (21, 2) and not np.array_equal(
             arrays[f"{key}_end"][0], arrays[key][0, :, -1, 1, 1]
         )
+
+
+def test_as_many_teleports_as_published():
+    """On MNIST and Fashion-MNIST up to 5, on CIFAR-10 up to 10, after 21 of 41 epochs; tiny has its own."""
+    numbers = {d: [figure4.teleports(way, replace(PAPER, dataset=d)) for way in EXACT] for d in ("MNIST", "CIFAR10")}
+    assert numbers == {"MNIST": [2, 5, 5, 5], "CIFAR10": [2, 10, 10, 5]}
+    assert (PAPER.epochs, PAPER.teleport_epoch) == (41, 21)
+    assert [figure4.teleports(way, figure4.PRESETS["tiny"]) for way in EXACT] == [1, 2, 2, 1]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(ROOT / "symmetry-teleportation"))
 
 import booth
+import orbits
 import rosenbrock
 import so2
 
@@ -32,7 +33,7 @@ def finite_differences(f, x, h=1e-5):
 def check_trajectory(recorded, prefix, function, iterates, departures, steps):
     x_and_y = torch.stack([recorded[f"{prefix}_x"], recorded[f"{prefix}_y"]], dim=1)
     loss = function.loss(*departures.T)
-    speed = so2.gradient(function, departures.T).square().sum(0)
+    speed = orbits.gradient(function, departures.T).square().sum(0)
     torch.testing.assert_close(iterates[: steps + 1], x_and_y[: steps + 1], rtol=0, atol=1e-9)
     torch.testing.assert_close(loss[:steps], recorded[f"{prefix}_loss"][:steps], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(speed[:steps], recorded[f"{prefix}_grad_sq"][:steps], rtol=1e-9, atol=1e-12)
@@ -42,14 +43,14 @@ def check_trajectory(recorded, prefix, function, iterates, departures, steps):
 def test_recorded_trajectories(golden, name):
     """Rosenbrock's ascent is chaotic (a change of 1e-15 in w ends elsewhere), so this pins the rounding as well."""
     recorded, (function, s) = golden("test_functions"), FUNCTIONS[name]
-    descent = (function, vector(*s.start), s.steps, so2.gradient_descent(s.lr))
-    check_trajectory(recorded, f"{name}_gd", function, *so2.descend(*descent), s.steps)
+    descent = (function, vector(*s.start), s.steps, orbits.gradient_descent(s.lr))
+    check_trajectory(recorded, f"{name}_gd", function, *orbits.descend(*descent), s.steps)
     theta = iter(recorded[f"{name}_theta0"])
 
     def teleport(w):
-        return so2.published_teleport(function, w, next(theta), s.lr_theta, s.ascent_steps)
+        return orbits.published_teleport(function, w, next(theta), s.lr_theta, s.ascent_steps)
 
-    check_trajectory(recorded, f"{name}_teleport", function, *so2.descend(*descent, teleport, s.teleports), s.steps)
+    check_trajectory(recorded, f"{name}_teleport", function, *orbits.descend(*descent, teleport, s.teleports), s.steps)
 
 
 @each_function
@@ -73,11 +74,13 @@ def test_rotations_keep_the_level_set_and_compose(name, x, y, theta):
     function, w, theta = FUNCTIONS[name][0], vector(x, y), vector(theta)[0]
     loss = function.loss(*w)
     assume(loss > 1e-4)
-    point = so2.act(function, theta, w)
+    point = orbits.act(function, theta, w)
     assert abs(function.loss(*point) - loss) <= 1e-12 * loss
-    torch.testing.assert_close(so2.act(function, -theta, point), w, rtol=0, atol=1e-9)
-    torch.testing.assert_close(so2.act(function, theta, point), so2.act(function, 2 * theta, w), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(so2.act(function, vector(0)[0], w), w, rtol=0, atol=1e-14)
+    torch.testing.assert_close(orbits.act(function, -theta, point), w, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        orbits.act(function, theta, point), orbits.act(function, 2 * theta, w), rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(orbits.act(function, vector(0)[0], w), w, rtol=0, atol=1e-14)
     u, v = function.to_uv(*w)
     assert u**2 + v**2 == pytest.approx(loss.item(), rel=1e-12)
 
@@ -86,19 +89,19 @@ def test_rotations_keep_the_level_set_and_compose(name, x, y, theta):
 def test_derivatives_against_finite_differences(name):
     function, w = FUNCTIONS[name][0], vector(0.7, -0.4)
     gradient = finite_differences(lambda w: function.loss(*w), w)
-    torch.testing.assert_close(so2.gradient(function, w), gradient, rtol=1e-8, atol=1e-8)
-    hessian = finite_differences(lambda w: so2.gradient(function, w), w)
-    torch.testing.assert_close(so2.hessian(function, w), hessian, rtol=1e-8, atol=1e-6)
-    torch.testing.assert_close(hessian @ so2.newton_direction(function, w), gradient, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(orbits.gradient(function, w), gradient, rtol=1e-8, atol=1e-8)
+    hessian = finite_differences(lambda w: orbits.gradient(function, w), w)
+    torch.testing.assert_close(orbits.hessian(function, w), hessian, rtol=1e-8, atol=1e-6)
+    torch.testing.assert_close(hessian @ orbits.newton_direction(function, w), gradient, rtol=1e-6, atol=1e-6)
     theta = vector(0.3)
 
     def speed(theta):  # from the definition, not through along_orbit
-        return so2.gradient(function, so2.act(function, theta, w[:, None])).square().sum(0)
+        return orbits.gradient(function, orbits.act(function, theta, w[:, None])).square().sum(0)
 
-    _, value, first, second = so2.along_orbit(function, theta, w[:, None])
+    _, value, first, second = orbits.along_orbit(function, theta, w[:, None])
     torch.testing.assert_close(value, speed(theta))
     torch.testing.assert_close(first, finite_differences(speed, theta)[0], rtol=1e-7, atol=1e-6)
-    slope = finite_differences(lambda theta: so2.along_orbit(function, theta, w[:, None])[2], theta)[0]
+    slope = finite_differences(lambda theta: orbits.along_orbit(function, theta, w[:, None])[2], theta)[0]
     torch.testing.assert_close(second, slope, rtol=1e-7, atol=1e-6)
 
 
@@ -130,13 +133,13 @@ def rosenbrock_maximum(x, y):
 def test_orbit_maximum_against_closed_form(name, x, y):
     function, w = FUNCTIONS[name][0], vector(x, y)
     assume(function.loss(*w) > 1e-4)
-    theta = so2.orbit_maximum(function, w)
+    theta = orbits.orbit_maximum(function, w)
     expected = {"booth": booth_maximum, "rosenbrock": rosenbrock_maximum}[name](x, y)
     difference = [abs((theta.item() - t + np.pi) % (2 * np.pi) - np.pi) for t in expected]
     assert min(difference) < 1e-10
     # What the theory says of it: the gradient has Newton's direction, up to its sign.
-    point = so2.act(function, theta, w)
-    g, n = so2.gradient(function, point), so2.newton_direction(function, point)
+    point = orbits.act(function, theta, w)
+    g, n = orbits.gradient(function, point), orbits.newton_direction(function, point)
     assert abs(g[0] * n[1] - g[1] * n[0]) < 1e-6 * g.norm() * n.norm()
 
 
@@ -144,46 +147,46 @@ def test_orbit_maximum_against_closed_form(name, x, y):
 def test_orbit_maximum_of_an_ensemble_and_at_the_minimum(name):
     function = FUNCTIONS[name][0]
     w = torch.rand(2, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4 - 2
-    theta = so2.orbit_maximum(function, w)
+    theta = orbits.orbit_maximum(function, w)
     for i, j in np.ndindex(3, 2):
-        torch.testing.assert_close(theta[i, j], so2.orbit_maximum(function, w[:, i, j]), rtol=0, atol=1e-12)
-    speed = so2.along_orbit(function, theta, w)[1]
+        torch.testing.assert_close(theta[i, j], orbits.orbit_maximum(function, w[:, i, j]), rtol=0, atol=1e-12)
+    speed = orbits.along_orbit(function, theta, w)[1]
     for other in np.linspace(-np.pi, np.pi, 101):
-        assert (so2.along_orbit(function, torch.full_like(theta, other), w)[1] <= speed * (1 + 1e-12)).all()
+        assert (orbits.along_orbit(function, torch.full_like(theta, other), w)[1] <= speed * (1 + 1e-12)).all()
     minimum = vector(*function.minimum)
-    assert so2.orbit_maximum(function, minimum) == 0  # a single point: nothing to gain, and no NaN
+    assert orbits.orbit_maximum(function, minimum) == 0  # a single point: nothing to gain, and no NaN
 
 
 def test_booth_in_one_step():
     """Newton's method needs one step from anywhere; from the orbit's maximum so does gradient descent, at rate 1/18."""
     function, start, minimum = booth.BOOTH, vector(5.0, -5.0), vector(1.0, 3.0)
-    iterates, _ = so2.descend(function, start, 1, so2.newton(function))
+    iterates, _ = orbits.descend(function, start, 1, orbits.newton(function))
     torch.testing.assert_close(iterates[1], minimum, rtol=0, atol=1e-12)
 
     def teleport(w):
-        return so2.act(function, so2.orbit_maximum(function, w), w)
+        return orbits.act(function, orbits.orbit_maximum(function, w), w)
 
-    iterates, _ = so2.descend(function, start, 1, so2.gradient_descent(1 / 18), teleport, [0])
+    iterates, _ = orbits.descend(function, start, 1, orbits.gradient_descent(1 / 18), teleport, [0])
     torch.testing.assert_close(iterates[1], minimum, rtol=0, atol=1e-12)
-    iterates, _ = so2.descend(function, start, 1, so2.gradient_descent(1 / 18))
+    iterates, _ = orbits.descend(function, start, 1, orbits.gradient_descent(1 / 18))
     assert (iterates[1] - minimum).norm() > 1
 
 
 @each_function
 def test_adagrad_is_torchs(name):
     function, s = FUNCTIONS[name]
-    iterates, _ = so2.descend(function, vector(*s.start), 20, so2.adagrad(s.adagrad_lr))
+    iterates, _ = orbits.descend(function, vector(*s.start), 20, orbits.adagrad(s.adagrad_lr))
     w = vector(*s.start).requires_grad_()
     optimizer = torch.optim.Adagrad([w], lr=s.adagrad_lr)
     for expected in iterates:
         torch.testing.assert_close(w.detach(), expected, rtol=1e-9, atol=1e-12)
-        w.grad = so2.gradient(function, w)
+        w.grad = orbits.gradient(function, w)
         optimizer.step()
 
 
 def test_bad_start():
     with pytest.raises(ValueError, match="start"):
-        so2.descend(booth.BOOTH, vector(float("nan"), 0), 1, so2.gradient_descent(0.1))
+        orbits.descend(booth.BOOTH, vector(float("nan"), 0), 1, orbits.gradient_descent(0.1))
 
 
 @each_function
@@ -206,3 +209,34 @@ def test_results(tiny, name):
     assert metrics["newton"]["final_loss"][0] < 1e-20
     assert run.records[name]["seeds"] == [1, 2]
     assert "largest drift" in run.stdout
+
+
+@each_function
+def test_random_starts_descend_each_by_itself(tiny, name):
+    """The final losses against a loop over starts, in the window; a start that diverges is NaN and stops nobody."""
+    function, s = FUNCTIONS[name]
+    arrays = tiny(f"symmetry-teleportation/{name}.py")[0].arrays[name]
+    starts, loss = torch.from_numpy(arrays["starts"]), arrays["gd_starts_loss"]
+    (left, right), (bottom, top) = function.window
+    assert starts.shape == (2, 20) and loss.shape == (20,)
+    assert (
+        (starts[0] > left).all()
+        and (starts[0] < right).all()
+        and (starts[1] > bottom).all()
+        and (starts[1] < top).all()
+    )
+    steps = 250 if name == "rosenbrock" else s.steps
+    for i in range(3):
+        last = orbits.descend(function, starts[:, i], steps, orbits.gradient_descent(s.lr))[0][-1]
+        expected = float(function.loss(*last))
+        assert loss[i] == pytest.approx(expected, rel=1e-9) or not np.isfinite(expected) and np.isnan(loss[i])
+    assert np.nanmedian(arrays["gd_maximum_starts_loss"]) < np.nanmedian(loss)
+
+
+def test_how_often_a_teleport_ends_lower():
+    """Planted: lower in 3 of 4 comparable starts; a start from which both diverge is no gain."""
+    lower = {"gd_published": [1.0, 1.0, 1.0, np.nan], "gd_random": [3.0, 3.0, 3.0, 3.0], "gd_maximum": [np.nan] * 4}
+    arrays = {f"{arm}_starts_loss": np.array(losses) for arm, losses in lower.items()}
+    said = so2.from_everywhere(arrays | {"gd_starts_loss": np.array([2.0, 2.0, 2.0, np.nan])})
+    assert "alone diverges from 1," in said and "published 75.0% [19.4%, 99.4%], 1 diverged" in said
+    assert "random angle 25.0% [0.6%, 80.6%], 0 diverged" in said and "maximum 0.0%" in said and "4 diverged" in said
