@@ -3,7 +3,7 @@
 `python benchmarks/zoo.py [NAME ...]` writes benchmarks/zoo.md (with names: prints those models alone). Models of
 torchvision, timm, transformers and peft in small configurations with random weights, nothing is downloaded; packages in
 requirements-zoo.txt. Every number is measured in float64 on the real model, on weights disturbed so that no gain is one
-and no bias zero; every symmetry is moved by an element of size e^±1 at once.
+and no bias zero; every symmetry is moved by an element of size e^±1 at once, then all hidden units are permuted.
 """
 
 import importlib.util
@@ -269,9 +269,33 @@ def measured(make, inputs):
         "seconds": built,
         "passes": step / passed,
         "refuted": sum("a trial changed" in reason for reason in teleporter.left_alone.values()),
-        "unexplained": sorted(expected - moved - {n for name in teleporter.left_alone for n in name.split(", ")}),
+        "unexplained": sorted(
+            expected - moved - {n for name in teleporter.left_alone for n in re.split(", | -> ", name)}
+        ),
         "left alone": reasons(teleporter.left_alone),
     }
+
+
+def permuted(make, inputs):
+    """The same of permutations: how many spaces, units in them, the output's change when all are permuted."""
+    torch.manual_seed(0)
+    model, inputs = disturbed(make()), in_double(inputs)
+    try:
+        teleporter = Teleporter(model, "permutation", inputs=inputs)
+    except ValueError:  # nothing was found
+        return {"spaces": 0, "units": 0, "permuted": 0.0, "undone": True}
+
+    def output():
+        with torch.no_grad(), same_randomness(model), kept_attributes(model):
+            return tensors_of(called(model, inputs))
+
+    start, before = {name: x.clone() for name, x in model.state_dict().items()}, output()
+    teleporter.permute(generator=torch.Generator().manual_seed(1))
+    change = relative_change(before, output())
+    teleporter.undo()
+    undone = all(torch.equal(x, start[name]) for name, x in model.state_dict().items())
+    units = sum(s.shape[0] for s in teleporter.symmetries)
+    return {"spaces": len(teleporter.symmetries), "units": units, "permuted": change, "undone": undone}
 
 
 def reasons(left_alone):
@@ -284,13 +308,14 @@ def reasons(left_alone):
 
 def line(package, name, row):
     if "error" in row:
-        return f"| {package} | {name} | | | | | | | {row['error']} |"
+        return f"| {package} | {name} | | | | | | | | {row['error']} |"
     cells = [
         f"{row['parameters']:,}",
         row["symmetries"],
         f"{row['dimension']:,}",
         row["moved"],
         f"{row['change']:.0e}, {row['half']:.0e}",
+        f"{row['spaces']} of {row['units']:,}, {row['permuted']:.0e}",
     ]
     cells += [f"{row['seconds']:.1f}, {row['passes']:.1f}", row["left alone"]]
     return f"| {package} | {name} | {' | '.join(cells)} |"
@@ -304,6 +329,8 @@ def documented(rows):
     rounded = sum(1e-8 < row["change"] <= 1e-6 and "stream" in row["symmetries"] for row in fine)
     unexplained = [f"{name}: {', '.join(row['unexplained'])}" for _, name, row in rows if row.get("unexplained")]
     refuted = sum(row["refuted"] for row in fine)
+    permutable = [row for row in fine if row["spaces"]]
+    units, undone = (sum(row[key] for row in permutable) for key in ("units", "undone"))
     return "\n".join([
         "# The zoo", "",
         f"Written by `python benchmarks/zoo.py`; {', '.join(f'{p} {v}' for p, v in packages.items())}. Small "
@@ -314,13 +341,18 @@ def documented(rows):
         f"was found or which failed. {refuted} "
         "candidates were refuted by the trial before any move and left alone. Layers neither moved nor left alone with "
         f"a reason: {'; '.join(unexplained) or 'none'}.", "",
+        f"Permutations of hidden units: {units:,} units in {sum(row['spaces'] for row in permutable)} spaces of "
+        f"{len(permutable)} models; all permuted at once at random, the output changes by up to "
+        f"{max((row['permuted'] for row in permutable), default=0):.0e} of its size. In {undone} models they were "
+        "taken back bit for bit.", "",
         "*moved*: modules with a weight matrix that are part of a symmetry, of all that are trainable. *change*: as "
         "above. *half*: the smallest change when the writers of a symmetry move and its readers do not (up to eight "
         f"symmetries tried), above 1e-6 in {earned} models: there the output would have shown a mistake. *seconds*: "
-        "finding and trying. *passes*: the cost of a step in forward-backward passes.", "",
-        "| package | model | parameters | symmetries | dimension | moved | change, half | seconds, passes | left alone "
-        "|",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "finding and trying. *passes*: the cost of a step in forward-backward passes. *permuted*: spaces, their units, "
+        "the output's change.", "",
+        "| package | model | parameters | symmetries | dimension | moved | change, half | permuted | seconds, passes | "
+        "left alone |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *(line(*row) for row in rows), "",
     ])  # fmt: skip
 
@@ -334,7 +366,7 @@ def main(wanted):
             if wanted and name not in wanted:
                 continue
             try:
-                row = measured(make, inputs)
+                row = measured(make, inputs) | permuted(make, inputs)
             except Exception as error:  # one odd model must not stop the others
                 row = {"error": f"{type(error).__name__}: {str(error)[:100]}".replace("\n", " ").replace("|", "/")}
             rows.append((package, name, row))

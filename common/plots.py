@@ -148,7 +148,8 @@ def save(figure: plt.Figure, folder: Path, name: str) -> list[Path]:
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix, metadata=metadata)
         contents[folder / f"{name}.{suffix}"] = buffer.getvalue()
-        figure.set_layout_engine("none")  # what was laid out for one is for both: it takes as long as drawing
+        with plt.rc_context({"figure.constrained_layout.use": False}):  # what was laid out for one is for both:
+            figure.set_layout_engine(None)  # it takes as long as drawing, and a dry drawing before each
     plt.close(figure)
     write(contents)
     return sorted(contents)

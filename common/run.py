@@ -147,6 +147,14 @@ class Run:
         """What a result must agree on to be reused."""
         return _plain({"name": self.name, "settings": asdict(self.settings), "device": self.device.type})
 
+    def _begun(self) -> bool:
+        """Whether a run of this configuration was interrupted, with --fresh if there are results: it is continued."""
+        manifest, mine = self._parts / "configuration.json", self.configuration()
+        if self._parts.is_symlink() or not manifest.exists():
+            return False
+        saved = read_json(manifest)
+        return {key: saved.get(key) for key in mine} == mine
+
     def open_parts(self) -> None:
         """Make the folder of finished parts, or check that the one there belongs to this configuration."""
         manifest = self._parts / "configuration.json"
@@ -175,7 +183,7 @@ class Run:
         json_path, npz_path = (self.folder / f"{self.name}.{suffix}" for suffix in ("json", "npz"))
         if replot and not json_path.exists():
             raise UserError(f"nothing to replot: {relative(json_path)} does not exist; run without --replot first")
-        if ranks.first(json_path.exists() and (replot or not self.fresh)):
+        if ranks.first(json_path.exists() and (replot or not self.fresh and not self._begun())):
             if ranks.RANK > 0:
                 return None, []
             record, outcome = read(json_path)

@@ -133,6 +133,13 @@ def test_no_room_for_a_fresh_result_keeps_the_old_one(results, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 1 and "script.npz: File too large" in error
     assert before == {p: p.read_bytes() for p in before}
+    parts = sorted((results / "script.parts").glob("*.npz"))
+    finished = [p.stat().st_mtime_ns for p in parts]
+    older = {p: p.stat().st_mtime_ns for p in before}
+    assert finished and run_inside(OWN, "--quiet", "--replot", output=tmp_path) == (0, "", "")  # what is whole
+    assert finished == [p.stat().st_mtime_ns for p in parts]
+    assert run_inside(OWN, "--quiet", output=tmp_path) == (0, "", "")  # without --fresh: the new run is continued
+    assert not any(p.exists() for p in parts) and all(p.stat().st_mtime_ns > older[p] for p in older)
 
 
 def test_links_in_the_place_of_results_and_figures_are_replaced(tmp_path):
