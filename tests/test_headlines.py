@@ -127,14 +127,28 @@ def test_regression():
 
 
 def test_sampling():
+    """The mean log training loss from the teleport on: 40 epochs at the published rate, 15, of which 5 before, at best
+    ones, where an arm whose best lies at an edge of what was tried decides nothing."""
     a = arrays("random_search_FashionMNIST")
     arms = ("baseline", "search", "random", "rescaling", "lr x10")
-    logs = {arm: np.log(a[f"{arm}/train_loss"].astype(float)).mean(-1) for arm in arms}
-    differences = [logs["search"] - logs[other] for other in ("baseline", "random", "rescaling", "lr x10")]
-    found = list(words(differences))
+    published = [np.log(a[f"{arm}/train_loss"].astype(float)).mean(-1) for arm in arms]
+    best = np.log(a["tuned/train_loss"].astype(float))[..., 5:].mean(-1)
+    edges = []
+    for row, tried in zip(a["tuning/scores"].mean(-1), a["tuning/tried"]):
+        k, (where,) = np.nanargmin(np.where(tried, row, np.nan)), np.nonzero(tried)
+        edges.append(k in (where[0], where[-1]))
+    found = words([logs[1] - logs[other] for logs in (published, best) for other in (0, 2, 3, 4)])
+    found = [
+        "undecided" if i > 3 and (edges[1] or edges[other]) else word
+        for i, (word, other) in enumerate(zip(found, 2 * [0, 2, 3, 4]))
+    ]
+    gains = {found[0], found[4]}
+    word = "undecided" if gains <= {"better", "undecided"} else "does not hold"
+    if gains == {"better"}:
+        word = "holds" if set(found) == {"better"} else "holds in part"
     verdict, number = said("sampling")
-    assert number == f"{100 * np.expm1(differences[1].mean()):+.1f} % against one random element ({found[1]})"
-    assert found[0] == "better" and found[2:] == ["worse"] * 2 and verdict == "holds in part"
+    effect = 100 * np.expm1((best[1] - best[2]).mean())
+    assert number == f"{effect:+.1f} % against one random element ({found[5]})" and verdict == word
 
 
 def test_gradient_flow_conserves_q():
