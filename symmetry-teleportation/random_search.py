@@ -270,9 +270,8 @@ def judge(outcome):
     word = UNDECIDED if gain is None else grade(gain and not missed, gain)
     limits = "; ".join(missed) if gain else "no better than SGD"
     sentence = f"Training loss after keeping the best of {s.candidates}: {'; '.join(said(found))}."
-    number = (
-        f"{percent((one := found[against('best', 'random')]).effect):+.1f} % against one random element ({one.word})"
-    )
+    one = found[against("best")]
+    number = f"{percent(one.effect):+.1f} % against SGD, each at its best rate ({one.word})"
     return Verdict(word, limits, sentence, [BEFORE, *details(outcome, found)], number, list(printed(outcome)))
 
 
