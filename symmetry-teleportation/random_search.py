@@ -114,8 +114,10 @@ class Settings:
 
 PAPER = Settings()
 # mnist-mini is 7.5 times smaller than the published training set, and 10 times the learning rate makes up for it.
-QUICK = replace(PAPER, dataset="mnist-mini", epochs=12, lr=1e-2, candidates=500, variant_runs=3, variant_epochs=7)
-QUICK = replace(QUICK, tuned_epochs=8, tuned_seeds=6, least=6, tuning_seeds=2, grid=(1, 2, 5, 10))
+QUICK = replace(
+    PAPER, dataset="mnist-mini", seeds=3, epochs=10, lr=1e-2, candidates=300, variant_runs=2, variant_epochs=7
+)
+QUICK = replace(QUICK, tuned_epochs=7, tuned_seeds=6, least=6, tuning_seeds=2, grid=(1, 3, 10))
 SMALL = dict(seeds=2, epochs=3, teleport_epoch=1, lr=1e-3, candidates=20, budgets=(1, 5), ascent_steps=6, probe=200)
 SMALL |= dict(variant_runs=2, variant_epochs=2, tuned_epochs=2, tuned_seeds=2, least=2, grid=(1, 3))
 PRESETS = {"tiny": replace(QUICK, widths=(32, 33), **SMALL), "quick": QUICK, "paper": PAPER}
