@@ -23,7 +23,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE, CPU = torch.device("cpu", 1), torch.device("cpu")  # torch takes the first for a CPU, and keeps the index
-TESTS, TORCH = (str(Path(path).resolve().parent) for path in (__file__, torch.__file__))
+TESTS, TORCH = str(Path(__file__).resolve().parent), str(Path(torch.__file__).parent)  # as frames name them
 MAKERS = _device_constructors() | {torch.from_numpy}
 ADOPTS = {torch.as_tensor, torch.asarray}  # given a tensor they move it, or leave it where it is
 WHERE = Tensor.device.__get__
