@@ -103,8 +103,8 @@ class LowRankRotation:
             for pair in self._pairs
         ]  # fmt: skip
 
-    def _leave_alone(self, wrong: Mapping[str, float]) -> None:
-        self.left_alone |= {name: f"a trial changed the output by {change:.2g}" for name, change in wrong.items()}
+    def _leave_alone(self, wrong: Mapping[str, str]) -> None:
+        self.left_alone |= wrong
         self._pairs = [pair for pair in self._pairs if pair.name not in wrong]
 
     @torch.no_grad()

@@ -7,11 +7,18 @@ import torch
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_leaves
 
-from teleport import _check_positive
-from teleporter.passes import evaluating, kept_buffers, same_randomness, undone_on_error
+from teleporter.passes import evaluating, undone_on_error
 from teleporter.state import Tensors, _act_lbfgs, _each, _plain, _sparse_moved, checked, copies
 from teleporter.units import Chains, PermutationSymmetry, followed
-from teleporter.verify import called, difference, fingerprint, precision, refuted, relative_change, tensors_of
+from teleporter.verify import (
+    difference,
+    fingerprint,
+    nothing_found,
+    outputs_of,
+    precision,
+    refuted,
+    relative_change,
+)
 
 _FAILURES = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError)
 _ROUNDING = 4096  # times ε, of the outputs: what another order of sums may do, 1e-12 in float64
@@ -38,9 +45,6 @@ class Permutations:
         tolerance: float = 1e-3,
     ) -> None:
         """Find them; with inputs, of real runs, and try them. Raises ValueError if there is none."""
-        _check_positive("tolerance", tolerance)
-        if on_unknown_state not in (None, "keep", "reset"):
-            raise ValueError(f'on_unknown_state must be None, "keep" or "reset", got {on_unknown_state!r}')
         self.model, self.inputs, self.optimizer, self.averaged = model, inputs, optimizer, averaged
         self.on_unknown_state, self.tolerance = on_unknown_state, tolerance
         self.symmetries, self.left_alone, self.moves, self.verified, self.epsilon = [], {}, [], False, 0.0
@@ -60,8 +64,7 @@ class Permutations:
                 self.left_alone[symmetry.name] = reason
         self.left_alone |= failed
         if not self.symmetries:
-            more = "" if inputs is not None else "; inputs= would show a real run"
-            raise ValueError(f"no symmetry found: {self.left_alone or 'no layers that could be joined'}{more}")
+            raise nothing_found(self.left_alone, inputs)
         self._followers()
         self._verify(inputs)
 
@@ -144,7 +147,7 @@ class Permutations:
             return
         with evaluating(self.model):
             wrong = refuted(self.model, self._tensors(), self.symmetries, inputs)
-        self.left_alone |= {name: f"a trial changed the output by {change:.2g}" for name, change in wrong.items()}
+        self.left_alone |= wrong
         self.symmetries[:] = [s for s in self.symmetries if s.name not in wrong]
         self.verified = True
         if not self.symmetries:
@@ -153,10 +156,8 @@ class Permutations:
             )
 
     def _output(self, inputs: Any) -> list[Tensor]:
-        if inputs is None:
-            return []
-        with torch.no_grad(), same_randomness(self.model), kept_buffers(self.model), evaluating(self.model):
-            return tensors_of(called(self.model, inputs))
+        with evaluating(self.model):
+            return outputs_of(self.model, inputs)
 
     def _allowed(self, outputs: Sequence[Tensor]) -> float:
         """The relative change of the output that another order of sums may make."""

@@ -21,6 +21,8 @@ from teleporter.verify import (
     called,
     difference,
     fingerprint,
+    nothing_found,
+    outputs_of,
     precision,
     proper,
     refuse_distributed,
@@ -83,6 +85,9 @@ class Teleporter(Moves):
             self.symmetries, self.left_alone = [], self.low_rank.left_alone
             return
         refuse_distributed(model)
+        _check_positive("tolerance", tolerance)
+        if on_unknown_state not in (None, "keep", "reset"):
+            raise ValueError(f'on_unknown_state must be None, "keep" or "reset", got {on_unknown_state!r}')
         if "permutation" in items:
             if items != ["permutation"] or (objective, bound, maximize, strict) != ("gradient_norm", 2.0, True, False):
                 raise ValueError(
@@ -94,9 +99,6 @@ class Teleporter(Moves):
         self.named = named.checked(objective, optimizer, items, maximize, bound)
         if not bound <= total_bound < math.inf:
             raise ValueError(f"total_bound must be finite and not below bound, got {total_bound}")
-        _check_positive("tolerance", tolerance)
-        if on_unknown_state not in (None, "keep", "reset"):
-            raise ValueError(f'on_unknown_state must be None, "keep" or "reset", got {on_unknown_state!r}')
         for item in items:
             if not isinstance(item, _BY_HAND) and item not in ("auto", "rescale", "attention", "stream", *_ACTIONS):
                 raise ValueError(f"symmetries: {item!r} is neither a kind nor a Pair, Attention, Rotary or Stream")
@@ -139,8 +141,7 @@ class Teleporter(Moves):
                 else:
                     self.left_alone[symmetry.name] = reason
         if not self.symmetries and (inputs is not None or "no inputs were given" not in str(self.left_alone)):
-            more = "" if inputs is not None else "; inputs= would show a real run"
-            raise ValueError(f"no symmetry found: {self.left_alone or 'no layers that could be joined'}{more}")
+            raise nothing_found(self.left_alone, inputs)
 
     def __repr__(self):
         if self.low_rank is not None:
@@ -188,7 +189,7 @@ class Teleporter(Moves):
         if search and not self.moves:
             self._find(inputs)
         wrong = refuted(self.model, self.parameters, self.symmetries, inputs)
-        self.left_alone |= {name: f"a trial changed the output by {change:.2g}" for name, change in wrong.items()}
+        self.left_alone |= wrong
         kept = [s for s in self.symmetries if s.name not in wrong]
         if not kept:
             raise RuntimeError(f"every symmetry found changed the output when tried, which was undone\n{self}")
@@ -282,9 +283,9 @@ class Teleporter(Moves):
             raise ValueError(f"tangents would scale by more than total_bound = {self.total_bound:g} since the start")
         moving = self._moving()
         with undone_on_error(moving):
-            before = self._output(inputs)
+            before = outputs_of(self.model, inputs)
             self._move(tangents)
-            change = relative_change(before, self._output(inputs))
+            change = relative_change(before, outputs_of(self.model, inputs))
             if change > self._allowed(before):
                 raise RuntimeError(f"moving changed the output by {change:.2g} of its size and was undone")
         self._remember(tangents)
@@ -300,12 +301,6 @@ class Teleporter(Moves):
         vars(self).update(state)
         if self.low_rank is None and self.permutations is None:
             self.fingerprint = fingerprint(self.model)
-
-    def _output(self, inputs):
-        if inputs is None:
-            return []
-        with torch.no_grad(), same_randomness(self.model), kept_buffers(self.model):
-            return tensors_of(called(self.model, inputs))
 
     @torch.no_grad()
     def _move(self, tangents, hidden=None):

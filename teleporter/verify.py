@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from teleporter.passes import kept_attributes, same_randomness
+from teleporter.passes import kept_attributes, kept_buffers, same_randomness
 from teleporter.rotations import still_gains
 from teleporter.symmetry import Symmetry
 
@@ -42,6 +42,20 @@ def called(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
+def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Copies of what comes out for these inputs, [] without any; the model does not notice."""
+    if inputs is None:
+        return []
+    with torch.no_grad(), same_randomness(model), kept_buffers(model):
+        return tensors_of(called(model, inputs))
+
+
+def nothing_found(left_alone: Mapping[str, str], inputs: Any) -> ValueError:
+    """The error for a model in which nothing may move."""
+    more = "" if inputs is not None else "; inputs= would show a real run"
+    return ValueError(f"no symmetry found: {left_alone or 'no layers that could be joined'}{more}")
+
+
 def proper(tangents: Sequence, symmetries: Sequence[Symmetry]) -> list[Tensor]:
     """The tangents in float64. Raises ValueError for other shapes, what is not finite, and what leaves the symmetry."""
     tangents = [torch.as_tensor(T, dtype=torch.float64, device="cpu").detach() for T in tangents]
@@ -53,11 +67,6 @@ def proper(tangents: Sequence, symmetries: Sequence[Symmetry]) -> list[Tensor]:
         if (s.tangent(T) - T).norm() > 1e-9 * T.norm():
             raise ValueError(f"tangents: {s.name} moves along its tangent(T) only, this T is not one")
     return tangents
-
-
-def floating_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, buffer) of those that hold numbers, not indices."""
-    yield from ((name, b) for name, b in model.named_buffers() if b.is_floating_point())
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -104,8 +113,8 @@ def _disturbed(
 
 def refuted(
     model: nn.Module, parameters: Mapping[str, Tensor], symmetries: Sequence[Symmetry], inputs: Any
-) -> dict[str, float]:
-    """{name: relative change of the outputs} of the symmetries that change them, tried with a random element each.
+) -> dict[str, str]:
+    """{name: by how much} of the symmetries that change the outputs, tried with a random element each.
 
     The model itself is tried, with disturbed weights, in float64 or, where that fails, in its own dtype, and put back
     bit for bit. Costs two forward passes, one more for a stream, and one for each symmetry if something is wrong.
@@ -113,9 +122,10 @@ def refuted(
     cast = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
     with torch.no_grad():
         try:
-            return _tried(model, parameters, symmetries, cast, torch.float64)
+            wrong = _tried(model, parameters, symmetries, cast, torch.float64)
         except (RuntimeError, TypeError, ValueError):  # some constant of the forward pass keeps its dtype
-            return _tried(model, parameters, symmetries, inputs, None)
+            wrong = _tried(model, parameters, symmetries, inputs, None)
+    return {name: f"a trial changed the output by {change:.2g}" for name, change in wrong.items()}
 
 
 def _tried(
@@ -138,7 +148,8 @@ def _tried(
         for s, T in pairs:
             s.act_(parameters, sign * T)
 
-    buffers = {slot.name for s in symmetries for slot in s.slots} & {name for name, _ in floating_buffers(model)}
+    buffers = {name for name, b in model.named_buffers() if b.is_floating_point()}
+    buffers &= {slot.name for s in symmetries for slot in s.slots}
     with _disturbed(model, dtype, still_gains(symmetries), sorted(buffers)):
         before, found = output(), {}
         for rotating in (False, True):  # what norms read: some compute in float32 whatever the model's dtype, and round
