@@ -234,18 +234,24 @@ def half_moved(model, symmetries, tangents, before, output):
     return min(changes)
 
 
-def measured(make, inputs):
-    """{column: value} of one model."""
+def prepared(make, inputs):
+    """A disturbed model, its inputs, both in float64, and a function that returns what comes out."""
     torch.manual_seed(0)
     model, inputs = disturbed(make()), in_double(inputs)
-    start = time.perf_counter()
-    teleporter = Teleporter(model, inputs=inputs)
-    built = time.perf_counter() - start
 
     def output():
         with torch.no_grad(), same_randomness(model), kept_attributes(model):
             return tensors_of(called(model, inputs))
 
+    return model, inputs, output
+
+
+def measured(make, inputs):
+    """{column: value} of one model."""
+    model, inputs, output = prepared(make, inputs)
+    start = time.perf_counter()
+    teleporter = Teleporter(model, inputs=inputs)
+    built = time.perf_counter() - start
     generator, before = torch.Generator().manual_seed(1), output()
     tangents = []
     for s in teleporter.symmetries:
@@ -278,17 +284,11 @@ def measured(make, inputs):
 
 def permuted(make, inputs):
     """The same of permutations: how many spaces, units in them, the output's change when all are permuted."""
-    torch.manual_seed(0)
-    model, inputs = disturbed(make()), in_double(inputs)
+    model, inputs, output = prepared(make, inputs)
     try:
         teleporter = Teleporter(model, "permutation", inputs=inputs)
     except ValueError:  # nothing was found
         return {"spaces": 0, "units": 0, "permuted": 0.0, "undone": True}
-
-    def output():
-        with torch.no_grad(), same_randomness(model), kept_attributes(model):
-            return tensors_of(called(model, inputs))
-
     start, before = {name: x.clone() for name, x in model.state_dict().items()}, output()
     teleporter.permute(generator=torch.Generator().manual_seed(1))
     change = relative_change(before, output())
