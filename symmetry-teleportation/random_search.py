@@ -41,7 +41,7 @@ import variant
 from biases import COST, ascend, gradient_norm, parameters, rescale
 from sampled import ACTIVATION, elements, hidden_layer, new_net, search, stages, start_weights, train_epoch
 
-from common import cli, plots
+from common import cli, plots, protocol
 from common.arms import Arm
 from common.claims import UNDECIDED, Claim, Published, Verdict, change, grade, interval, listed, settle, table
 from common.losses import batch_loss
@@ -260,15 +260,15 @@ def effects(outcome):
     numbers = {("published", arm): np.log(a[f"{arm}/train_loss"].astype(float)).mean(-1) for arm in ARMS}
     numbers |= {("best", arm): sampled.numbers(s, loss) for arm, loss in zip(sampled.ARMS, a["tuned/train_loss"])}
     interior = dict.fromkeys(numbers, True) | {("best", arm): ok for arm, ok in zip(sampled.ARMS, a["tuning/interior"])}
-    claimed = [against(rate, other) for rate in ("published", "best") for other in ("baseline", *CONTROLS)]
+    claimed = [against(rate, other) for rate in protocol.RATES for other in ("baseline", *CONTROLS)]
     others = [against(rate, arm=arm) for rate, arm in numbers if arm not in ("baseline", "search")]
     return compared(numbers, claimed, interior) | compared(numbers, others, interior)
 
 
 def judge(outcome):
     found, s = effects(outcome), outcome.settings
-    gain = settle(found[against(rate)].word for rate in ("published", "best"))
-    missed = [unlike(found, rate) for rate in ("published", "best") if unlike(found, rate)]
+    gain = settle(found[against(rate)].word for rate in protocol.RATES)
+    missed = [phrase for rate in protocol.RATES for phrase in unlike(found, rate)]
     word = UNDECIDED if gain is None else grade(gain and not missed, gain)
     limits = "; ".join(missed) if gain else "no better than SGD"
     sentence = f"Training loss after keeping the best of {s.candidates}: {'; '.join(said(found))}."
@@ -278,13 +278,13 @@ def judge(outcome):
 
 
 def unlike(found, rate):
-    """The controls that it is not better than, in words; "" if there is none."""
-    names = [name for other, name in CONTROLS.items() if found[against(rate, other)].word != "better"]
-    return names and f"{rate} rate: not better than {listed(names, ' and ')}"
+    """A phrase about the controls that it is not better than, if there are any."""
+    if names := [name for other, name in CONTROLS.items() if found[against(rate, other)].word != "better"]:
+        yield f"{rate} rate: not better than {listed(names, ' and ')}"
 
 
 def said(found):
-    for rate in ("published", "best"):
+    for rate in protocol.RATES:
         controls = ", ".join(f"{name} {change(found[against(rate, other)])}" for other, name in CONTROLS.items())
         yield f"{rate} rate, against SGD {change(found[against(rate)])}, {controls}"
 
@@ -375,9 +375,7 @@ def report(outcome, s):
             growth, whole, drift = (np.array(m[k]) for k in ("growth", "whole_gradient_growth", "whole_loss_drift"))
             drift = f"{np.abs(drift).max():.1e}"
             teleported = [f"×{growth.mean():.1f}", f"×{whole.mean():.1f}", f"{m['largest_relative_drift']:.0e}", drift]
-        each = [
-            change(found[key]) if (key := against(rate, arm=arm)) in found else "" for rate in ("published", "best")
-        ]
+        each = [change(found[key]) if (key := against(rate, arm=arm)) in found else "" for rate in protocol.RATES]
         accuracy = f"{100 * np.mean(m['final_test_accuracy']):.1f} %"
         rows.append([arm, *teleported, mean_std(m["final_train_loss"]), *each, accuracy])
     header = ["", "‖∂L/∂W‖², batch", "other samples", "drift, batch", "training set", "final training loss"]

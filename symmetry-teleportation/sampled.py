@@ -13,7 +13,7 @@ from variant import moved_by
 from common import plots
 from common.losses import batch_loss
 from common.mlp import StackedMLP, initial_weights
-from common.protocol import number
+from common.protocol import RATES, number
 from common.tuning import Tuned, disjoint_seeds, in_chunks, room, runs, tune
 from teleport import leaky_relu, random_search
 
@@ -63,9 +63,9 @@ def search(s, W, X, loss_fn, seed, candidates, layers):
     return random_search(W, X, loss_fn, layers=layers, candidates=candidates, **options)
 
 
-def moved(s, arm, W, X, labels, seed):
-    """One network W (d_m, d_{m-1}), in float64, moved as the arm is."""
-    m, loss_fn = hidden_layer(s, seed), batch_loss(X, labels, ACTIVATION)
+def moved(s, arm, W, X, loss_fn, seed):
+    """One network W (d_m, d_{m-1}), in float64, moved as the arm is, on the batch X (d_0, n)."""
+    m = hidden_layer(s, seed)
     if arm == "random":
         return moved_by(W, X, m, elements(s, m, seed)[0], ACTIVATION)
     found = search(s, W, X, loss_fn, seed, s.candidates, [m])
@@ -78,14 +78,15 @@ def train(s, names, factors, seeds, x, data):
     W = tuple(V.expand(*shape, *V.shape[-2:]).flatten(0, 2) for V in start_weights(s, x, seeds, x.device))
     net = new_net(W, s.lr * torch.tensor(factors, dtype=torch.float32)[..., None].expand(shape).flatten())
     X, labels, losses = x[: s.batch].T.double(), data.y[: s.batch], []
+    loss_fn = batch_loss(X, labels, ACTIVATION)
     for epoch in range(s.tuned_epochs):
         if epoch == s.teleport_epoch:
             for i, (a, _, k) in enumerate(torch.cartesian_prod(*map(torch.arange, shape)).tolist()):
                 mine = tuple(V[i].double() for V in net.weights)
                 if names[a] == "lr x10":
                     net.lr[i] *= 10
-                elif names[a] != "baseline" and math.isfinite(gradient_norm(mine, batch_loss(X, labels, ACTIVATION))):
-                    moving = moved(s, names[a], mine, X, labels, seeds[k])
+                elif names[a] != "baseline" and math.isfinite(gradient_norm(mine, loss_fn)):
+                    moving = moved(s, names[a], mine, X, loss_fn, seeds[k])
                     net.set(slice(i, i + 1), [V[None].float() for V in moving])
         losses.append(train_epoch(net, x, data.y, s.batch))
     return {"train_loss": torch.stack(losses, -1).view(*shape, -1)}
@@ -106,8 +107,7 @@ def stages(run, x, data):
         )["train_loss"]
 
     def best_rates(_):
-        found = tune(lambda *where: numbers(s, curves(*where, tuning)), len(ARMS), s.grid)
-        return found.save("")
+        return tune(lambda *where: numbers(s, curves(*where, tuning)), len(ARMS), s.grid).save("")
 
     found = run.parts(best_rates, {"tuning": None})[0]["tuning"]
     tuned = Tuned.load(found, "")
@@ -129,7 +129,7 @@ def plot(outcome, found, against):
     """search against every other arm, {against(rate, other): Comparison}, at both rates; and the tuning."""
     figure, ((ax, tuning),) = plots.panels(1, 2, width=4.2, height=3.2)
     others = [arm for arm in ARMS if arm != "search"]
-    for k, rate in enumerate(("published", "best")):
+    for k, rate in enumerate(RATES):
         each = [found[against(rate, other)] for other in others]
         plots.intervals(ax, each, np.arange(len(each)) + 0.24 * k - 0.12, k, f"{rate} rate")
     ax.set_yticks(range(len(others)), others)

@@ -61,15 +61,14 @@ def experiment(run, function):
     seeds = list(range(1, s.seeds + 1))
     angles = torch.stack([starting_angles(seed, len(s.teleports)) for seed in seeds], dim=1)  # (teleports, seeds)
     start = torch.tensor(s.start, dtype=torch.float64)[:, None]
-    published = teleports(function, s, angles)
-    to_maximum = published["gd_maximum"]
+    everyone, moves = start.expand(2, s.seeds), teleports(function, s, angles)
     arms = {  # start, steps, optimizer, teleportation
         "gd": (start, s.steps, gradient_descent(s.lr), None),
-        "gd_random": (start.expand(2, s.seeds), s.steps, gradient_descent(s.lr), published["gd_random"]),
-        "gd_published": (start.expand(2, s.seeds), s.steps, gradient_descent(s.lr), published["gd_published"]),
-        "gd_maximum": (start, s.steps, gradient_descent(s.lr), to_maximum),
+        "gd_random": (everyone, s.steps, gradient_descent(s.lr), moves["gd_random"]),
+        "gd_published": (everyone, s.steps, gradient_descent(s.lr), moves["gd_published"]),
+        "gd_maximum": (start, s.steps, gradient_descent(s.lr), moves["gd_maximum"]),
         "adagrad": (start, s.steps, adagrad(s.adagrad_lr), None),
-        "adagrad_maximum": (start, s.steps, adagrad(s.adagrad_lr), to_maximum),
+        "adagrad_maximum": (start, s.steps, adagrad(s.adagrad_lr), moves["gd_maximum"]),
         "newton": (start, s.newton_steps, newton(function), None),
     }
     arrays, metrics = {}, {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import close, load_script, normal, run_inside
 
-from common.losses import cross_entropy
+from common.losses import batch_loss, cross_entropy
 from common.mlp import StackedMLP
 from common.published import approximate_score
 from teleport import (
@@ -230,7 +230,8 @@ def test_an_arm_in_the_tuned_stack_is_trained_and_moved_as_alone():
     data, seeds, factors = SimpleNamespace(y=torch.arange(60) % 10), [3, 4], np.tile([[1.0, 2.0, 1e12]], (5, 1))
     losses = sampled.train(s, sampled.ARMS, factors, seeds, x, data)["train_loss"]
     assert losses.shape == (5, 3, 2, 3) and not losses[:, 2].isfinite().all()
-    X, labels = x[: s.batch].T.double(), data.y[: s.batch]
+    X = x[: s.batch].T.double()
+    loss_fn = batch_loss(X, data.y[: s.batch], sampled.ACTIVATION)
     for a, arm in enumerate(sampled.ARMS):
         for f, k in ((0, 0), (1, 1)):
             net = sampled.new_net(sampled.start_weights(s, x, seeds[k : k + 1]), s.lr * factors[a, f])
@@ -238,7 +239,7 @@ def test_an_arm_in_the_tuned_stack_is_trained_and_moved_as_alone():
             if arm == "lr x10":
                 net.lr *= 10
             elif arm != "baseline":
-                W = sampled.moved(s, arm, tuple(V[0].double() for V in net.weights), X, labels, seeds[k])
+                W = sampled.moved(s, arm, tuple(V[0].double() for V in net.weights), X, loss_fn, seeds[k])
                 net.set(slice(None), [V[None].float() for V in W])
             alone += [sampled.train_epoch(net, x, data.y, s.batch) for _ in range(2)]
             close(losses[a, f, k], torch.stack(alone)[:, 0], 1e-4)
