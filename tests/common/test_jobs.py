@@ -111,7 +111,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     """SIGKILL cannot be caught: its children must notice."""
     code = (
         "import os, time, torch\nfrom common import jobs\ntorch.set_num_threads(1)\n"
-        "def work(key):\n    print(os.getpid(), flush=True)\n    time.sleep(100)\n"
+        "def work(key):\n    os.write(1, b'%d\\n' % os.getpid())  # at once: print may not\n    time.sleep(100)\n"
         "list(jobs.each(work, ['a', 'b'], 2))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
