@@ -334,6 +334,7 @@ def plot_controls(outcome, settings, save):
     ):
         _scatter(ax, x, y)
         ax.set(xlabel=x_name, ylabel=y_name)
+        ax.locator_params(axis="x", nbins=4)  # small numbers have long labels
     figure.suptitle(outcome.label)
     save(figure, "controls")
 
