@@ -98,8 +98,8 @@ class Settings:
 PAPER = Settings()
 QUICK = replace(PAPER, dataset="mnist-mini", seeds=6, least=6, tuning_seeds=2, epochs=4, networks=("narrow",))
 QUICK = replace(QUICK, samples=2000, teleport_epochs=(0, 1), ascent_steps=15, grid=(1, 3, 10))
-SMALL = dict(seeds=2, least=2, tuning_seeds=2, grid=(1, 3), epochs=2, teleport_epochs=(0,), ascent_steps=3)
-PRESETS = {"tiny": replace(QUICK, samples=400, **SMALL), "quick": QUICK, "paper": PAPER}
+SMALL = dict(seeds=2, least=2, tuning_seeds=2, grid=(1, 3), epochs=2, teleport_epochs=(0,), ascent_steps=2)
+PRESETS = {"tiny": replace(QUICK, samples=200, **SMALL), "quick": QUICK, "paper": PAPER}
 
 
 def experiment(run):

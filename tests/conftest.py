@@ -18,6 +18,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # torch.func and torch.optim do it when first used: scripts in forked processes find it here
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -113,10 +115,9 @@ def tiny(tmp_path_factory):
 
 def run_tiny(script, folder):
     """The script at --preset tiny into folder/root and folder/own: from the root as a user would, and from its own
-    folder in one process, without the seconds that importing torch takes."""
+    folder."""
     process = start_script(script, "--preset", "tiny", output=folder / "root")
-    child = multiprocessing.get_context("fork").Process(target=run_in_own_folder, args=(script, folder / "own"))
-    child.start()
+    child = start_in_own_folder(script, folder / "own")
     stdout, stderr = process.communicate(timeout=240)
     child.join(timeout=240)
     assert process.returncode == 0, f"{script}:\n{stdout}\n{stderr}"
@@ -124,9 +125,17 @@ def run_tiny(script, folder):
     assert child.exitcode == 0, f"{script} from its own folder:\n{(folder / 'own' / 'stdout').read_text()}"
 
 
-def run_in_own_folder(script, output):
-    """What `python SCRIPT` does in the script's folder, in a process that has torch, but nothing of the project."""
-    output.mkdir()
+def start_in_own_folder(script, output, prepare=None):
+    """Start what `python SCRIPT --preset tiny` does in the script's folder, without the seconds that importing torch
+    takes and those that drawing does. prepare: called before the script is."""
+    child = multiprocessing.get_context("fork").Process(target=_run_in_own_folder, args=(script, output, prepare))
+    child.start()
+    return child
+
+
+def _run_in_own_folder(script, output, prepare):
+    """In a process that has torch, but nothing of the project."""
+    output.mkdir(exist_ok=True)
     with open(output / "stdout", "w", encoding="utf-8") as stdout:
         sys.stdout = sys.stderr = stdout
         for name, module in list(sys.modules.items()):
@@ -138,7 +147,10 @@ def run_in_own_folder(script, output):
         sys.path.insert(0, os.getcwd())
         sys.argv = [Path(script).name, "--preset", "tiny", "--jobs", "1", "--output", str(output)]
         os.environ["OMP_NUM_THREADS"] = "1"
+        Figure.savefig = lambda self, buffer, **options: buffer.write(b"not drawn")
         try:
+            if prepare:
+                prepare()
             runpy.run_path(sys.argv[0], run_name="__main__")
         except BaseException:
             traceback.print_exc(file=stdout)

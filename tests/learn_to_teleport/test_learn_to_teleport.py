@@ -3,47 +3,45 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, load_script, read_results
+from conftest import ROOT, load_script, read_results, start_in_own_folder
 
 SCRIPT = ROOT / "learn-to-teleport" / "multi_layer_regression.py"
 
 
-KILLED = """
-import os, signal, runpy, sys
-from pathlib import Path
-sys.path.insert(0, {folder!r}); sys.path.insert(0, {root!r})
-from common.run import Run
-save, count = Run.save_checkpoint, []
-def save_and_die(self, key, arrays):
-    save(self, key, arrays)
-    count.append(1)
-    if len(count) == {at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-Run.save_checkpoint = save_and_die
-sys.argv = [{script!r}, "--preset", "tiny", "--jobs", "1", "--output", {output!r}]
-runpy.run_path({script!r}, run_name="__main__")
-"""
+def die_at_the_fifth_checkpoint():
+    """Half-way through the third of five trainings."""
+    sys.path.insert(0, str(ROOT))
+    from common.run import Run
+
+    save, saved = Run.save_checkpoint, []
+
+    def save_and_die(self, key, arrays):
+        save(self, key, arrays)
+        saved.append(key)
+        if len(saved) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Run.save_checkpoint = save_and_die
 
 
 def test_script_killed_in_meta_training_continues_with_the_same_results(tiny, tmp_path):
-    names = {"folder": str(SCRIPT.parent), "root": str(ROOT), "script": str(SCRIPT), "output": str(tmp_path)}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    code = KILLED.format(at=5, **names)  # half-way through the third of five trainings
-    killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    script = "learn-to-teleport/multi_layer_regression.py"
+    killed = start_in_own_folder(script, tmp_path, die_at_the_fifth_checkpoint)
+    killed.join(timeout=240)
+    assert killed.exitcode == -signal.SIGKILL, (tmp_path / "stdout").read_text()
     parts = sorted(path.name for path in (tmp_path / "results/tiny/learn_to_teleport.parts").iterdir())
     assert "lr.npz" in parts and "update_published.checkpoint.npz" in parts and "update_published.npz" not in parts
-    options = ["--preset", "tiny", "--output", str(tmp_path), "--quiet"]
-    subprocess.run([sys.executable, str(SCRIPT), *options], env=environment, check=True)
+    continued = start_in_own_folder(script, tmp_path)
+    continued.join(timeout=240)
+    assert continued.exitcode == 0, (tmp_path / "stdout").read_text()
     _, arrays = read_results(tmp_path / "results" / "tiny")
-    expected = tiny("learn-to-teleport/multi_layer_regression.py")[0].arrays["learn_to_teleport"]
+    expected = tiny(script)[0].arrays["learn_to_teleport"]
     assert arrays["learn_to_teleport"].keys() == expected.keys()
     for name, array in arrays["learn_to_teleport"].items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
