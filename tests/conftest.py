@@ -6,7 +6,9 @@ import io
 import json
 import multiprocessing
 import os
+import pkgutil
 import runpy
+import signal
 import subprocess
 import sys
 import traceback
@@ -41,26 +43,9 @@ class TinyRun(NamedTuple):
     arrays: dict  # name -> {array name: array}
 
 
-def start_script(script, *options, output, cwd=ROOT, data_dir=None, threads=1):
-    """Start a script as a user would; two may run at once, so each gets one thread."""
-    command = [sys.executable, os.path.relpath(ROOT / script, cwd), "--output", str(output), *options]
-    if data_dir:
-        command += ["--data-dir", str(data_dir)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def run_script(script, *options, **where):
-    """Run a script to its end; return (exit status, stdout, stderr)."""
-    process = start_script(script, *options, **where)
-    stdout, stderr = process.communicate(timeout=240)
-    return process.returncode, stdout, stderr
-
-
 def run_inside(script, *options, output, data_dir=None, encoding="utf-8"):
-    """The same within this process, without the seconds that importing torch takes."""
+    """Run a script to its end within this process, without the seconds that importing torch takes; return (exit status,
+    stdout, stderr)."""
     arguments = [script, "--output", str(output), *options, *(["--data-dir", str(data_dir)] if data_dir else [])]
     stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
     path = list(sys.path)
@@ -116,7 +101,11 @@ def tiny(tmp_path_factory):
 def run_tiny(script, folder):
     """The script at --preset tiny into folder/root and folder/own: from the root as a user would, and from its own
     folder."""
-    process = start_script(script, "--preset", "tiny", output=folder / "root")
+    command = [sys.executable, script, "--preset", "tiny", "--output", str(folder / "root")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two run at once
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     child = start_in_own_folder(script, folder / "own")
     stdout, stderr = process.communicate(timeout=240)
     child.join(timeout=240)
@@ -131,6 +120,22 @@ def start_in_own_folder(script, output, prepare=None):
     child = multiprocessing.get_context("fork").Process(target=_run_in_own_folder, args=(script, output, prepare))
     child.start()
     return child
+
+
+def die_after(owner, function, times):
+    """For `prepare`: the last thing that the process does is this function's return, when it was called so often.
+    owner: where it is looked up, as in "common.run" or "common.run:Run"."""
+    sys.path.insert(0, str(ROOT))
+    place, calls = pkgutil.resolve_name(owner), []
+    original = getattr(place, function)
+
+    def last(*arguments, **options):
+        original(*arguments, **options)
+        calls.append(arguments)
+        if len(calls) == times:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(place, function, last)
 
 
 def _run_in_own_folder(script, output, prepare):

@@ -4,13 +4,14 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
-import time
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, run_inside, run_script, start_script
+from conftest import ROOT, SCRIPTS, die_after, run_inside, start_in_own_folder
 
 from common import files, terminal
 
@@ -47,44 +48,47 @@ def test_results_of_another_configuration_are_refused(tiny, tmp_path):
 
 def test_killed_run_continues_with_the_same_numbers(tiny, tmp_path):
     """SIGKILL after the first part: the rerun keeps it, and ends where the uninterrupted run ended, bit for bit."""
-    whole = tiny(SCRIPT)[0]
-    process = start_script(SCRIPT, "--preset", "tiny", output=tmp_path)
-    parts = tmp_path / "results" / "tiny" / "teleport_optimization_mnist-mini.parts"
-    deadline = time.time() + 120
-    while not list(parts.glob("*.npz")):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    first = next(parts.glob("*.npz"))
+    whole, name = tiny(SCRIPT)[0], "teleport_optimization_mnist-mini"
+    killed = start_in_own_folder(SCRIPT, tmp_path, partial(die_after, "common.run", "save_npz", 1))
+    killed.join(timeout=240)
+    assert killed.exitcode == -signal.SIGKILL, (tmp_path / "stdout").read_text()
+    results = tmp_path / "results" / "tiny"
+    (first,) = (results / f"{name}.parts").glob("*.npz")
     finished = first.stat().st_mtime_ns, first.read_bytes()
-    assert not (tmp_path / "results" / "tiny" / "teleport_optimization_mnist-mini.json").exists()
+    assert not (results / f"{name}.json").exists()
     assert "another configuration" in complaint("--seeds", "1", output=tmp_path)
     assert (first.stat().st_mtime_ns, first.read_bytes()) == finished
-    status, _, error = run_script(SCRIPT, "--preset", "tiny", "--quiet", output=tmp_path)
-    assert status == 0 and error == ""
-    results = tmp_path / "results" / "tiny"
+    continued = start_in_own_folder(SCRIPT, tmp_path, partial(refuse_to_compute, first.stem))
+    continued.join(timeout=240)
+    assert continued.exitcode == 0, (tmp_path / "stdout").read_text()
     assert sorted(p.suffix for p in results.iterdir()) == [".json", ".npz"]
-    name = "teleport_optimization_mnist-mini"
     assert (results / f"{name}.npz").read_bytes() == (whole.folder / "results" / "tiny" / f"{name}.npz").read_bytes()
     assert json.loads((results / f"{name}.json").read_text())["metrics"] == whole.records[name]["metrics"]
 
 
-def test_torchrun_divides_the_parts_and_changes_nothing(tiny, tmp_path):
+def refuse_to_compute(part):
+    """The part is finished: whoever saves it again computed it again."""
+    sys.path.insert(0, str(ROOT))
+    from common import run
+
+    save = run.save_npz
+
+    def checked(path, *arguments):
+        assert path.stem != part
+        save(path, *arguments)
+
+    run.save_npz = checked
+
+
+def test_torchrun_divides_the_parts_and_changes_nothing(finished, tmp_path):
     """Two ranks write what one process writes, bit for bit (same threads each)."""
-    whole = tiny(SCRIPT)[0].folder / "results" / "tiny" / "teleport_optimization_mnist-mini.npz"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", SCRIPT, "--preset", "tiny"]
-    result = subprocess.run(
-        [*command, "--output", str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    whole = finished / "results" / "quick" / "script.npz"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", OWN, "--output", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "results" / "tiny" / whole.name).read_bytes() == whole.read_bytes()
-    assert json.loads((tmp_path / "results" / "tiny" / f"{whole.stem}.json").read_text())["ranks"] == 2
+    assert (tmp_path / "results" / "quick" / whole.name).read_bytes() == whole.read_bytes()
+    assert json.loads((tmp_path / "results" / "quick" / f"{whole.stem}.json").read_text())["ranks"] == 2
     assert result.stdout.count("files: ") == 1  # one rank reports
 
 

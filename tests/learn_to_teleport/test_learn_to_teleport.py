@@ -3,36 +3,21 @@
 import json
 import os
 import signal
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, load_script, read_results, start_in_own_folder
+from conftest import ROOT, die_after, load_script, read_results, start_in_own_folder
 
 SCRIPT = ROOT / "learn-to-teleport" / "multi_layer_regression.py"
 
 
-def die_at_the_fifth_checkpoint():
-    """Half-way through the third of five trainings."""
-    sys.path.insert(0, str(ROOT))
-    from common.run import Run
-
-    save, saved = Run.save_checkpoint, []
-
-    def save_and_die(self, key, arrays):
-        save(self, key, arrays)
-        saved.append(key)
-        if len(saved) == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Run.save_checkpoint = save_and_die
-
-
 def test_script_killed_in_meta_training_continues_with_the_same_results(tiny, tmp_path):
     script = "learn-to-teleport/multi_layer_regression.py"
-    killed = start_in_own_folder(script, tmp_path, die_at_the_fifth_checkpoint)
+    half_way = partial(die_after, "common.run:Run", "save_checkpoint", 5)  # through the third of five trainings
+    killed = start_in_own_folder(script, tmp_path, half_way)
     killed.join(timeout=240)
     assert killed.exitcode == -signal.SIGKILL, (tmp_path / "stdout").read_text()
     parts = sorted(path.name for path in (tmp_path / "results/tiny/learn_to_teleport.parts").iterdir())
