@@ -109,8 +109,8 @@ PRESETS = {
 }
 
 
-def arms(s, optimizer):
-    """Who is moved, and how, at which epoch."""
+def arms(s, optimizer, seed=0):
+    """Who is moved, and how, at which epoch; random elements are drawn from the seed on."""
     _, epoch, lr = OPTIMIZERS[optimizer]
     ascent = dict(activation=ACTIVATION, lr=lr, steps=s.ascent_steps, cap=s.cap)
     loss = partial(batch_loss, activation=ACTIVATION)
@@ -129,7 +129,7 @@ def arms(s, optimizer):
         Arm("restart", restart=True),
         Arm("preactivation", preactivation),
         Arm("rescaling", partial(along, rescaling_action, bound=BOUND)),
-        Arm("random", as_large(preactivation, loss, preactivation_action, ACTIVATION, seed=0)),
+        Arm("random", as_large(preactivation, loss, preactivation_action, ACTIVATION, seed)),
         Arm("lr raised", preactivation, raises=True),
     )
     return [arm._replace(epoch=epoch, moves=s.teleports) for arm in every]
@@ -141,10 +141,11 @@ def experiment(run):
     require(data, train=max(s.teleport_batch, s.teleports * s.batch))
 
     def train_arms(o, which, factors, seeds):
-        every = arms(s, o)
-        return train(run, o, [every[a] for a in which], factors, seeds, data)
+        every = arms(s, o, seeds[0])
+        return kept(stacked(run, o, [every[a] for a in which], factors, seeds, data))
 
-    arrays, tuned, seeds, metrics = protocol.stages(run, s.optimizers, ARMS, train_arms, ["preactivation"])
+    claimed, member = ["preactivation"], initial_weights(dimensions(s, data), [0])
+    arrays, tuned, seeds, metrics = protocol.stages(run, s.optimizers, ARMS, train_arms, claimed, member=member)
     kinds = {"schedule": compare_schedules, "shuffled": shuffle, "drift": measure_moves}
     keys = {f"{kind}.{o}": (function, o) for kind, function in kinds.items() for o in s.optimizers}
     parts, _ = run.parts(lambda key: key[0](run, key[1], protocol.both_rates(tuned[key[1]]), seeds[key[1]], data), keys)
@@ -184,14 +185,18 @@ def dimensions(s, data):
     return data.features, *((128, 32, 10) if s.dataset == "CIFAR10" else (16, 10, 10))
 
 
+def kept(curves):
+    """Without what only some need."""
+    return {key: curves[key] for key in ("train_loss", "test_loss")}
+
+
 def train(run, optimizer, arms, factors, seeds, data):
-    """The same in chunks of the seeds, without what only some need."""
-
-    def chunk(seeds):
-        curves = stacked(run, optimizer, arms, factors, seeds, data)
-        return {key: curves[key] for key in ("train_loss", "test_loss")}
-
+    """The losses of `stacked`, in chunks of the seeds."""
     one = initial_weights(dimensions(run.settings, data), seeds[:1])
+
+    def chunk(some):
+        return kept(stacked(run, optimizer, arms, factors, some, data))
+
     return in_chunks(chunk, seeds, factors.size, one, room(run.device))
 
 

@@ -18,6 +18,7 @@ from common.arms import draw_batches
 from common.losses import batch_loss, cross_entropy
 from common.mlp import StackedMLP, initial_weights
 from common.protocol import number
+from common.run import to_array
 from common.tuning import Tuned, tune
 from teleport import forward, leaky_relu, squared_gradient_norm
 from teleporter.objectives import (
@@ -219,7 +220,7 @@ def members(cell, arm, factors, seeds, data, s, layers=None, test=False):
     found = trained(V, rates.repeat_interleave(shape[1]), optimizer, data, s, layers, test)
     if test:
         found["drift"] = torch.stack([loss(U, data) for U in (W, V)], -1)
-    return {key: value.unflatten(0, shape).numpy() for key, value in found.items()}
+    return {key: to_array(value.unflatten(0, shape)) for key, value in found.items()}
 
 
 def tuned_arm(arm, cell, data, s, seeds, layers=None, anchor=1.0):

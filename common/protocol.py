@@ -14,26 +14,27 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+from torch import Tensor
 
 from common import plots
 from common.claims import change, except_for, graded, settle
 from common.mlp import published_seeds
-from common.run import Outcome, Run
+from common.run import Outcome, Run, to_array
 from common.statistics import Comparison
-from common.tuning import Tuned, compared, disjoint_seeds, runs, tune
+from common.tuning import Tuned, chunks, compared, disjoint_seeds, questions, room, runs
 
 RATES = ("published", "best")
 MEASURES = ("train", "test")
 
 
-def number(loss: np.ndarray) -> np.ndarray:
+def number(loss: np.ndarray | Tensor) -> np.ndarray:
     """One number a run: the mean log of the training loss (…, epochs) over the epochs."""
-    return np.log(np.asarray(loss, float)).mean(-1)
+    return np.log(to_array(loss).astype(float)).mean(-1)
 
 
-def final(loss: np.ndarray) -> np.ndarray:
+def final(loss: np.ndarray | Tensor) -> np.ndarray:
     """One number a run: the log of the mean test loss (…, epochs) over the last quarter of the epochs."""
-    loss = np.asarray(loss, float)
+    loss = to_array(loss).astype(float)
     return np.log(loss[..., -max(1, loss.shape[-1] // 4) :].mean(-1))
 
 
@@ -44,31 +45,54 @@ def stages(
     train: Callable,
     claimed: Collection[str],
     draw: Callable = published_seeds,
+    member: Sequence[Tensor] | None = None,
 ) -> tuple[dict, dict, list, list]:
     """Tune every arm of every case, then compare them at the published rate and at each one's best, on fresh runs.
 
     train(case, which, factors, seeds) -> {key: (A, F, S, …)} of the arms numbered `which` at factors (A, F), among it
     train_loss and test_loss (A, F, S, epochs), or the numbers alone as train and test (A, F, S). claimed: the arms
-    whose differences ask for the number of runs. draw(count) -> seeds, of which the first are for the tuning. The run's
+    whose differences ask for the number of runs. draw(count) -> seeds, of which the first are for the tuning.
+    member: one member's weights; then train gets as many seeds at a time as fit the memory, a part each. The run's
     settings have grid, tuning_seeds, least and seeds (at most). Returns arrays (tuning.CASE/…, compared.CASE/…),
     {case: Tuned}, the fresh seeds of each case {case: seeds}, and what to keep in the metrics, {case: {…}}.
     """
-    s, everyone = run.settings, range(len(names))
+    s = run.settings
     tuning, fresh = disjoint_seeds(s.tuning_seeds, s.seeds, draw)
 
-    def best_rates(case: str) -> dict:
-        def scores(which: Sequence[int], factors: np.ndarray) -> np.ndarray:
-            return one_number(train(case, which, factors, tuning), "train")
+    def trained(stage: str, asked: dict, numbers: bool) -> dict:
+        """{case: (which, factors, seeds)} -> {case: {key: (A, F, S, …)}}, or the training's numbers alone."""
 
-        return tune(scores, len(names), s.grid).save("")
+        def part(of: tuple) -> dict:
+            found = train(*of)
+            return {"train": one_number(found, "train")} if numbers else found
 
-    found, _ = run.parts(best_rates, {f"tuning.{case}": case for case in cases})
-    tuned = {case: Tuned.load(found[f"tuning.{case}"], "") for case in cases}
+        arguments = {}
+        for case, (which, factors, seeds) in asked.items():
+            some = chunks(seeds, factors.size, member, room(run.device)) if member else [seeds]
+            arguments |= {f"{stage}.{case}.{i}": (case, which, factors, each) for i, each in enumerate(some, start=1)}
+        parts, joined = run.parts(part, arguments)[0], {}
+        for case in asked:
+            mine = [parts[key] for key, (owner, *_) in arguments.items() if owner == case]
+            joined[case] = {key: np.concatenate([each[key] for each in mine], 2) for key in mine[0]}
+        return joined
+
+    tuned, waiting, turn = {}, {case: questions(len(names), s.grid) for case in cases}, 1
+    asked = {case: next(asking) for case, asking in waiting.items()}
+    while asked:  # all cases at once, so that processes have enough to share
+        found = trained(f"tuning{turn}", {case: (*question, tuning) for case, question in asked.items()}, True)
+        asked, turn = {}, turn + 1
+        for case, scores in found.items():
+            try:
+                asked[case] = waiting[case].send(scores["train"])
+            except StopIteration as end:
+                tuned[case] = end.value
+    tuned = {case: tuned[case] for case in cases}
     plan = {c: runs(tuned[c], [names.index(name) for name in claimed], (s.least, s.seeds)) for c in cases}
     seeds = {case: fresh[: plan[case].n] for case in cases}
-    keys = {f"compared.{case}": case for case in cases}
-    parts, _ = run.parts(lambda case: train(case, everyone, both_rates(tuned[case]), seeds[case]), keys)
-    arrays = {f"{key}/{k}": v for part in (found, parts) for key, values in part.items() for k, v in values.items()}
+    everyone = {case: (range(len(names)), both_rates(tuned[case]), seeds[case]) for case in cases}
+    compared = trained("compared", everyone, False)
+    arrays = {f"tuning.{case}/{k}": v for case in cases for k, v in tuned[case].save("").items()}
+    arrays |= {f"compared.{case}/{k}": v for case, values in compared.items() for k, v in values.items()}
     metrics = {case: {"runs": plan[case].n, "reachable_margin": plan[case].margin} for case in cases}
     return arrays, tuned, seeds, metrics
 
@@ -76,7 +100,7 @@ def stages(
 def one_number(arrays: dict, measure: str, prefix: str = "") -> np.ndarray | None:
     """One number a run, of the training or of the test, as `train` in `stages` gave it or from its curves."""
     if prefix + measure in arrays:
-        return np.asarray(arrays[prefix + measure])
+        return to_array(arrays[prefix + measure])
     loss = arrays.get(f"{prefix}{measure}_loss")
     return None if loss is None else {"train": number, "test": final}[measure](loss)
 

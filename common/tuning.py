@@ -10,7 +10,7 @@ best is interior; an arm whose best is still at an edge at the bound has no best
 undecided. Tuning seeds are never compared, and nothing is chosen by the runs that are.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from math import inf, isfinite, nan
 from typing import NamedTuple
 
@@ -66,10 +66,23 @@ def rung(i: int, grid: Sequence[float] = GRID) -> float:
 def tune(scores: Callable, arms: int, grid: Sequence[float] = GRID, bound: int | None = None) -> Tuned:
     """Find every arm's best factor.
 
-    scores(which, factors) -> (len(which), F, S): one number a run, smaller is better, of the arms numbered `which` at
-    factors (len(which), F). The first call has all arms and the whole grid, the others the arms whose best is at an
-    edge, and STRIDE more factors beyond it. bound: rungs on either side of × 1 after which it gives up (default: twice
-    the grid). Raises ValueError for a grid that does not ascend from 1.
+    scores(which, factors) -> (len(which), F, S): what `questions` asks for. ValueError as there.
+    """
+    asking, answer = questions(arms, grid, bound), None
+    while True:
+        try:
+            answer = scores(*asking.send(answer))
+        except StopIteration as end:
+            return end.value
+
+
+def questions(arms: int, grid: Sequence[float] = GRID, bound: int | None = None) -> Generator:
+    """The rounds of a tuning: yields (which, factors), is sent their scores (len(which), F, S), returns Tuned.
+
+    Scores are one number a run, smaller is better, of the arms numbered `which` at factors (len(which), F). The first
+    round has all arms and the whole grid, the others the arms whose best is at an edge, and STRIDE more factors beyond
+    it. bound: rungs on either side of × 1 after which it gives up (default: twice the grid). Raises ValueError for a
+    grid that does not ascend from 1.
     """
     if len(grid) < 2 or grid[0] != 1 or not (np.diff(grid) > 0).all():
         raise ValueError(f"grid must ascend from 1, got {grid}")
@@ -78,8 +91,8 @@ def tune(scores: Callable, arms: int, grid: Sequence[float] = GRID, bound: int |
     todo = {a: range(len(grid)) for a in range(arms)}
     while todo:
         which = list(todo)
-        found = np.asarray(scores(which, np.array([[rung(i, grid) for i in todo[a]] for a in which])), float)
-        for a, rows in zip(which, found):
+        scores = yield which, np.array([[rung(i, grid) for i in todo[a]] for a in which])
+        for a, rows in zip(which, np.asarray(scores, float)):
             known[a].update(zip(todo[a], rows))
         todo = {a: more for a in range(arms) if (more := _beyond(known[a], bound))}
     rungs = sorted(set().union(*known))
@@ -134,14 +147,19 @@ def disjoint_seeds(tuning: int, compared: int, draw: Callable = published_seeds)
 def in_chunks(
     train: Callable, seeds: Sequence[int], members: int, weights: Sequence[Tensor], memory: int = MEMORY
 ) -> dict:
-    """train(seeds) -> {key: (A, F, S, …)} on chunks of the seeds that fit the memory, in bytes, joined along S.
+    """train(seeds) -> {key: (A, F, S, …)} on `chunks` of the seeds, joined along S."""
+    results = [train(chunk) for chunk in chunks(seeds, members, weights, memory)]
+    return {key: torch.cat([r[key] for r in results], 2) for key in results[0]}
+
+
+def chunks(seeds: Sequence[int], members: int, weights: Sequence[Tensor], memory: int = MEMORY) -> list[Sequence[int]]:
+    """The seeds, as many at a time as fit the memory, in bytes, at least one.
 
     members: of the stack for each seed; weights: of one member or more, (…, d_m, d_{m-1}) each.
     """
     size = 4 * sum(W.shape[-1] * W.shape[-2] * W.element_size() for W in weights)  # weights, gradients, two states
-    chunk = max(1, memory // (size * members))
-    results = [train(seeds[i : i + chunk]) for i in range(0, len(seeds), chunk)]
-    return {key: torch.cat([r[key] for r in results], 2) for key in results[0]}
+    count = max(1, memory // (size * members))
+    return [seeds[i : i + count] for i in range(0, len(seeds), count)]
 
 
 def room(device: torch.device) -> int:
