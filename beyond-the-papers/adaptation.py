@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import avg_pool2d, leaky_relu_, log_softmax
 
 from common.mlp import StackedMLP, initial_weights
+from common.run import to_array
 
 SLOPE = 0.1
 WINDOW = 20  # steps: mini-batch losses are averaged over windows before the logarithm
@@ -57,7 +58,7 @@ class Images:
     def __init__(self, weights, x, y, x_test, y_test, scale=1.0):
         self.weights, self.scale = weights, scale
         self.x, self.y, self.x_test, self.y_test = x, y, x_test, y_test
-        self.shapes = [tuple(W.shape) for W in weights]
+        self.shapes, self.device = [tuple(W.shape) for W in weights], x.device
 
     def batches(self, seeds: list, size: int, steps: int):
         """Yield `steps` mini-batches: x (S, d_0, size), y (S, size), drawn with replacement."""
@@ -156,8 +157,9 @@ def train(task, setting, arm, points, seeds, held_out=False):
     """
     steps, S, K = setting.steps, len(seeds), len(points)
     task.scale = arm.scale
-    rate, ratio = torch.tensor([point(p) for p in points], dtype=torch.float32).repeat(S, 1).T
+    rate, ratio = torch.tensor([point(p) for p in points], dtype=torch.float32).repeat(S, 1).T.to(task.device)
     pairs = initial_pairs(task.shapes, setting.rank, setting.init, seeds, K)
+    pairs = [tuple(factor.to(task.device) for factor in pair) for pair in pairs]
     options = dict(arm.options, betas=(0.9, setting.beta2), weight_decay=setting.weight_decay)
     optimizer = arm.kind(pairs, rate, ratio, **options)
     generator = torch.Generator().manual_seed(seeds[0])
@@ -175,8 +177,8 @@ def train(task, setting, arm, points, seeds, held_out=False):
         if held_out and t in looks:
             held.append(task.held_out(optimizer.pairs()))
     windows = torch.stack(losses, -1).view(S, K, -1, min(WINDOW, steps)).mean(-1)
-    result = {"train_loss": windows.numpy(), "memory": optimizer.memory()}
-    return result | {"held_out": torch.stack(held, -1).view(S, K, -1).numpy()} if held_out else result
+    result = {"train_loss": to_array(windows), "memory": optimizer.memory()}
+    return result | {"held_out": to_array(torch.stack(held, -1).view(S, K, -1))} if held_out else result
 
 
 def teleport(optimizer, element, generator):

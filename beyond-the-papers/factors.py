@@ -114,7 +114,7 @@ def random_rotations(optimizer: Adam, generator: torch.Generator) -> list:
     """Orthogonal matrices, uniformly distributed."""
     elements = []
     for F in optimizer.F:
-        Q, R = torch.linalg.qr(torch.randn(*F.shape[:-1], F.shape[-2], generator=generator, dtype=F.dtype))
+        Q, R = torch.linalg.qr(torch.randn(*F.shape[:-1], F.shape[-2], generator=generator, dtype=F.dtype).to(F.device))
         elements.append(Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2))
     return elements
 
@@ -137,7 +137,7 @@ def singular_basis(optimizer: Adam) -> list:
         S2, V = torch.linalg.eigh(inner)
         R = S2.clamp_min(0).pow(0.25).unsqueeze(-1) * V.mT @ torch.linalg.inv(L.nan_to_num(1))
         fine = (failed == 0) & (S2.amin(-1) > 1e-10 * S2.amax(-1))
-        elements.append(torch.where(fine[:, None, None], R, torch.eye(len(R[0]), dtype=R.dtype)))
+        elements.append(torch.where(fine[:, None, None], R, torch.eye(len(R[0])).to(R)))
     return elements
 
 
@@ -167,7 +167,7 @@ class ScaledAdam(Adam):
 
 def _solve(x, G, damping):
     """(x xᵀ + damping)^-1 G"""
-    gram = x @ x.mT + damping * torch.eye(x.shape[-2], dtype=x.dtype)
+    gram = x @ x.mT + damping * torch.eye(x.shape[-2]).to(x)
     return torch.linalg.solve_ex(gram, G)[0]
 
 
@@ -204,7 +204,7 @@ class RITE(Adam):
         self.V[k][i] = V = beta2 * projected + (1 - beta2) * (gradient @ gradient.mT) / G.shape[-1]
         self.U[k][i] = U
         correction = 1 - beta2**self.steps
-        damped = (V + self.rho[k][i] * torch.eye(V.shape[-1], dtype=V.dtype)) / correction
+        damped = (V + self.rho[k][i] * torch.eye(V.shape[-1]).to(V)) / correction
         M.copy_(beta1 * (P @ M) + (1 - beta1) * (_inverse_root(damped) @ gradient))
         return inverse @ M / (1 - beta1**self.steps)
 

@@ -77,7 +77,7 @@ def towards(objective: str, W: Sequence[Tensor], data: Any, seeds: Sequence[int]
     generators = [torch.Generator().manual_seed(seed + 2) for seed in seeds]
     if objective == "random":  # as large as that of the best step's decrease
         size = [t.square().sum(-1) for t in towards("line_search_decrease", W, data, seeds, s, rates, optimizer)]
-        T = [torch.stack([torch.randn(V.shape[1], generator=g) for g in generators]) for V in W[:-1]]
+        T = [torch.stack([torch.randn(V.shape[1], generator=g) for g in generators]).to(V) for V in W[:-1]]
         ratio = (sum(size) / sum(t.square().sum(-1) for t in T)).sqrt()
         return [t * ratio[:, None] for t in T]
     X, labels = draw_batches(data.x, data.y, s.teleport_batch, generators)
@@ -96,7 +96,7 @@ def towards(objective: str, W: Sequence[Tensor], data: Any, seeds: Sequence[int]
     if objective == "line_search_decrease":
         return rescale(W, aims[objective], **options)[0]
     if objective == "look_ahead":
-        lr = torch.as_tensor(rates, dtype=W[0].dtype)[:, None].expand(-1, len(seeds))
+        lr = torch.as_tensor(rates).to(W[0])[:, None].expand(-1, len(seeds))
         W = [V.expand(len(lr), *V.shape) for V in W]
         losses = [batch_loss(*draw_batches(data.x, data.y, s.batch, generators), ACTIVATION) for _ in range(s.ahead)]
         ahead = partial(look_ahead, losses=losses, held_out=loss_fn, rule=RULES[optimizer](lr))
@@ -131,7 +131,7 @@ def loss(W: Sequence[Tensor], data: Any) -> Tensor:
 
 def costs(dims: Sequence[int], data: Any, s: Any) -> dict[str, float]:
     """What each teleport takes, in gradients of a mini-batch, by the multiplications that torch counts."""
-    W = start("He", dims, [0])
+    W = [V.to(data.x) for V in start("He", dims, [0])]
 
     def count(function: Callable) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -207,15 +207,15 @@ def members(cell, arm, factors, seeds, data, s, layers=None, test=False):
     (F, S), and the loss on the test set before and after the teleport, drift (F, S, 2). layers: rates over the first
     layer's, (F, L) or (L,)."""
     network, init, optimizer = cell
-    rates = torch.as_tensor(RATES[optimizer] * np.asarray(factors), dtype=torch.float32)
-    W = V = start(init, (data.features, *NETWORKS[network], 10), seeds)
+    rates = torch.as_tensor(RATES[optimizer] * np.asarray(factors)).to(data.x)
+    W = V = [U.to(data.x) for U in start(init, (data.features, *NETWORKS[network], 10), seeds)]
     if arm in (*OBJECTIVES, "random"):
         T = towards(arm, W, data, seeds, s, rates, optimizer)
         V = [U.float() for U in rescaled([U.double() for U in W], T)]
     shape = len(rates), len(seeds)
     W, V = ([U.expand(*shape, *U.shape[-2:]).flatten(0, 1) for U in each] for each in (W, V))
     if layers is not None:
-        ratios = torch.as_tensor(layers, dtype=torch.float32).expand(shape[0], len(W)).repeat_interleave(shape[1], 0)
+        ratios = torch.as_tensor(layers).to(data.x).expand(shape[0], len(W)).repeat_interleave(shape[1], 0)
         layers = [None, *ratios.T[1:, :, None, None]]
     found = trained(V, rates.repeat_interleave(shape[1]), optimizer, data, s, layers, test)
     if test:
@@ -296,7 +296,7 @@ def compare_again(cell, data, s, tuning, new, names, known):
 def twin(cell, data, s, seeds):
     """The teleport to line_search_decrease under SGD, in float64, and its twin: the untouched run with a rate for every
     unit. Training losses (2, S, epochs), which are the same to rounding."""
-    W = [V.double() for V in start(cell[1], (data.features, *NETWORKS[cell[0]], 10), seeds)]
+    W = [V.to(data.x.device).double() for V in start(cell[1], (data.features, *NETWORKS[cell[0]], 10), seeds)]
     data = data._replace(x=data.x.double(), x_test=data.x_test.double())
     T = towards("line_search_decrease", W, data, seeds, s, None, "SGD")
     rates = torch.full((len(seeds),), RATES["SGD"], dtype=torch.float64)

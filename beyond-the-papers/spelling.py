@@ -63,7 +63,7 @@ class Spelling:
         self.weights = [normal(*sizes[name]) for _ in range(depth) for name in MATRICES]
         letters = len(ALPHABET)
         self.outer = [normal(letters, width), 0.3 * normal(LENGTH, width), normal(letters, width)]
-        self.shapes = [tuple(W.shape) for W in self.weights]
+        self.shapes, self.device = [tuple(W.shape) for W in self.weights], torch.device("cpu")  # it is small
         self.text, self.text_test = (text("German", held_out) for held_out in (False, True))
 
     def pretrained(self, steps: int):

@@ -73,6 +73,7 @@ PRESETS = {"tiny": replace(TINY, steps=20), "quick": QUICK, "paper": PAPER}
 
 def experiment(run):
     s, data = run.settings, run.data("mnist-mini")
+    data = data._replace(x=data.x.cpu(), y=data.y.cpu())  # small checks, in double precision
     checks = {
         "flow": lambda: plane.one_teleport(s),
         "newton": lambda: quadratics.newton(s) | networks.on_an_orbit(s),

@@ -354,7 +354,8 @@ def meta_test(meta, problem, steps, generator=None, measure_drift=True):
     body, rates, drifts, seconds = Unroll(meta, problem, generator), [], [], []
     start = clock(body.W.device)
     for step in range(steps + 1):
-        rates.append(torch.as_tensor(body.rate if meta.learns_rate else 1.0).expand(len(body.W), body.S, 1, 1, 1))
+        rate = torch.as_tensor(body.rate if meta.learns_rate else 1.0, device=body.W.device)
+        rates.append(rate.expand(len(body.W), body.S, 1, 1, 1))
         body.local_update()
         seconds.append(clock(body.W.device) - start)
         if step < steps:

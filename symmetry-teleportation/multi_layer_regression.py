@@ -192,7 +192,7 @@ def train_arm(s, optimizer, arm, W, X, Y, factors):
         return losses, norms, seconds
     except (ValueError, torch.linalg.LinAlgError):
         if len(factors) == 1:
-            nothing = torch.full((1, len(X), s.epochs), torch.nan, dtype=X.dtype)
+            nothing = X.new_full((1, len(X), s.epochs), torch.nan)
             return nothing, nothing, []
         apart = [train_arm(s, optimizer, arm, W, X, Y, [factor])[:2] for factor in factors]
         return *(torch.cat(rows) for rows in zip(*apart)), []

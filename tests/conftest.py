@@ -12,13 +12,14 @@ import signal
 import subprocess
 import sys
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 import pytest
+import second_device
 import torch
 import torch._dynamo  # torch.func and torch.optim do it when first used: scripts in forked processes find it here
 from matplotlib.figure import Figure
@@ -33,6 +34,14 @@ SCRIPTS = sorted(
     for path in ROOT.glob(pattern)
     if "cli.main(" in path.read_text()
 )
+
+
+LEFT_OPEN = ExitStack()  # to the end of a process
+SLOW_THERE = {
+    "symmetry-teleportation/mnist_classification.py",
+    "symmetry-teleportation/random_search.py",
+    "teleport_sharpness_curvature.py",
+}
 
 
 class TinyRun(NamedTuple):
@@ -100,13 +109,13 @@ def tiny(tmp_path_factory):
 
 def run_tiny(script, folder):
     """The script at --preset tiny into folder/root and folder/own: from the root as a user would, and from its own
-    folder."""
+    folder on the second device (second_device.py), but for a few of which that would take long."""
     command = [sys.executable, script, "--preset", "tiny", "--output", str(folder / "root")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two run at once
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    child = start_in_own_folder(script, folder / "own")
+    child = start_in_own_folder(script, folder / "own", None if script in SLOW_THERE else move_to_the_second_device)
     stdout, stderr = process.communicate(timeout=240)
     child.join(timeout=240)
     assert process.returncode == 0, f"{script}:\n{stdout}\n{stderr}"
@@ -120,6 +129,15 @@ def start_in_own_folder(script, output, prepare=None):
     child = multiprocessing.get_context("fork").Process(target=_run_in_own_folder, args=(script, output, prepare))
     child.start()
     return child
+
+
+def move_to_the_second_device():
+    """For `prepare`: a GPU is found, which this machine does not have."""
+    sys.path.insert(0, str(ROOT))
+    from common import cli
+
+    cli._device = lambda name: second_device.DEVICE
+    LEFT_OPEN.enter_context(second_device.second_device())
 
 
 def die_after(owner, function, times):
@@ -152,6 +170,7 @@ def _run_in_own_folder(script, output, prepare):
         sys.path.insert(0, os.getcwd())
         sys.argv = [Path(script).name, "--preset", "tiny", "--jobs", "1", "--output", str(output)]
         os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
         Figure.savefig = lambda self, buffer, **options: buffer.write(b"not drawn")
         try:
             if prepare:

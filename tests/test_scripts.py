@@ -39,7 +39,7 @@ def test_figures_have_content(tiny, script):
         assert min(image.shape[:2]) > 300 and image[..., :3].std() > 0.02  # not an empty canvas
 
 
-def test_same_bits_from_root_and_own_folder(tiny, script):
+def test_same_bits_from_root_and_from_its_own_folder_on_another_device(tiny, script):
     root, own = tiny(script)
     assert set(root.arrays) == set(own.arrays)
     for name, arrays in root.arrays.items():
