@@ -6,6 +6,7 @@ moves are of one network with one batch; `attempt` makes them those of a stack o
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -100,28 +101,31 @@ class Meter:
 
 
 def teleporter(
-    stack: Stack, data: Dataset, dims: Sequence[int], seed: int, s: Any
+    stack: Stack, data: Dataset, dims: Sequence[int], seed: int, s: Any, measured: bool = True
 ) -> tuple[dict[str, Tensor], Callable[[int], None]]:
     """What measures one run's arms before and after each teleport, and the function that moves them before batch k.
 
-    stack: of one run, (A, 1). s: Figure 4's Settings. The record, {measure: (A, 1, K, [before, after], [batch, held
-    out])}, is filled in as the arms are moved.
+    stack: of one run, (A, [F,] 1). s: Figure 4's Settings. The record, {measure: (A, [F,] 1, K, [before, after],
+    [batch, held out])}, is filled in as the arms are moved, unless they are not to be measured: then it is empty.
     """
     K, weights = stack.objective.shape[-2], stack.net.weights
-    record = {key: torch.zeros(len(stack.arms), 1, K, 2, 2) for key in MEASURED}
-    other = held_out(data, dims, seed, s)  # the same for all teleports of the run
+    record = {key: torch.zeros(*stack.objective.shape, 2) for key in MEASURED if measured}
+    other = held_out(data, dims, seed, s) if measured else None  # the same for all teleports of the run
 
     def move_arms(k: int) -> None:
         if k >= K:
             return
         generator = torch.Generator().manual_seed(seed + 1 + k)
         batch = _draw(data.x, data.y, s, generator)
+        if not measured:
+            stack.move(k, Draws.of(*batch, dims, s.directions, generator))
+            return
         meters = (Meter(*batch, dims, s.measured_directions, s.measured_elements, generator), other)
         before = torch.stack([measure(weights) for measure in meters], 1)
         stack.move(k, Draws.of(*batch, dims, s.directions, generator))
         after = torch.stack([measure(weights) for measure in meters], 1)
         for i, key in enumerate(MEASURED):
-            record[key][:, 0, k] = torch.stack([before[..., i], after[..., i]], 1)
+            record[key][..., k, :, :] = stack.by_arm(torch.stack([before[..., i], after[..., i]], 1))
 
     return record, move_arms
 
@@ -152,20 +156,28 @@ def random_sharpness(
 
 
 def attempt(move: Callable[..., Move], weights: Sequence[Tensor], draws: Draws, *lead: Move) -> Move:
-    """move(weights W_m (d_m, d_{m-1}), draws, [the size of the move that it follows]) for a stack of one run.
+    """move(weights W_m (d_m, d_{m-1}), draws, [the size of the move that it follows]) for a stack of one run, which has
+    (*E, d_m, d_{m-1}).
 
-    A run that has diverged, or whose step is so long that its element is singular or infinite, stays where it is: its
-    losses and objectives are NaN, its size is 0.
+    A member that has diverged, or whose step is so long that its element is singular or infinite, stays where it is:
+    its losses and objectives are NaN, its size is 0.
     """
-    member = tuple(W[0] for W in weights)
+    shape = weights[0].shape[:-2]
+    members = zip(*(W.flatten(0, -3) for W in weights))
+    sizes = zip(*(one.size.flatten() for one in lead)) if lead else repeat(())
+    made = [_attempt(move, member, draws, *size) for member, size in zip(members, sizes)]
+    moved = tuple(torch.stack(W).unflatten(0, shape) for W in zip(*(one.weights for one in made)))
+    return Move(moved, *(torch.stack(values).unflatten(0, shape) for values in zip(*(one[1:] for one in made))))
+
+
+def _attempt(move: Callable[..., Move], member: tuple[Tensor, ...], draws: Draws, *size: Tensor) -> Move:
     try:
         if not all(W.isfinite().all() for W in member):
             raise ValueError("weights are not finite")
-        moved = move(member, draws, *(one.size[0] for one in lead))
+        return move(member, draws, *size)
     except (ValueError, torch.linalg.LinAlgError):
         nowhere = member[0].new_zeros(())
-        moved = Move(member, *[nowhere * torch.nan] * 4, nowhere)
-    return Move(tuple(W[None] for W in moved.weights), *(value[None] for value in moved[1:]))
+        return Move(member, *[nowhere * torch.nan] * 4, nowhere)
 
 
 def move_sharpness(

@@ -9,6 +9,7 @@ from conftest import ROOT
 import correlation
 import teleport_sharpness_curvature as figure4
 from common.run import Outcome
+from common.tuning import Tuned
 
 sys.path.insert(0, str(ROOT / "gradient-flow-symmetry"))
 
@@ -85,7 +86,7 @@ def test_table_1_compares_with_the_published_axes():
 ARMS = ("baseline", *(way.key for way in figure4.WAYS))
 
 
-def moved(effects, n, lost=0, seed=0):
+def moved(effects, n, lost=0, seed=0, interior=True):
     """Figure 4's arrays of n runs: every arm goes where it is sent and changes the test loss by effects (% by arm), but
     for `lost` runs of each, which go the other way and diverge."""
     generator, s = np.random.default_rng(seed), figure4.PRESETS["tiny"]
@@ -99,6 +100,12 @@ def moved(effects, n, lost=0, seed=0):
         phi[a, n - lost :] = 1 / phi[a, n - lost :]
     losses = np.broadcast_to(level[..., None], (A, n, s.epochs))
     arrays = {"phi": phi, "psi": phi, "loss": phi, "objective": phi[..., 0], "test_loss": losses, "train_loss": losses}
+    tuned, one = [ARMS.index(name) for name in figure4.TUNED], np.ones((len(figure4.TUNED), 1, 3))
+    inside = np.full(len(tuned), interior)
+    going = np.stack([np.ones_like(phi[..., 0, 0]), phi[..., 0, 0] ** 2], -1)[tuned]  # before and after, as sent
+    arrays |= {"tuned/test_loss": losses[tuned], "tuned/phi": going, "tuned/psi": going}
+    best = Tuned(np.array([0.5, 1, 2]), one.swapaxes(1, 2), one[:, 0] > 0, one[:, 0, 0].astype(int), inside)
+    arrays |= best.save("tuning/")
     metrics = figure4.compare(s, arrays)
     return Outcome(metrics, arrays, list(range(n)), label="planted", settings=s)
 
@@ -114,14 +121,22 @@ def moved(effects, n, lost=0, seed=0):
     ],
 )
 def test_teleports_to_other_points(psi, phi, n, word):
-    effects = {"curvature_up_preactivation": psi, "sharpness_down_rescaling": phi}
+    effects = {"curvature_up_backtracking": psi, "sharpness_down_rescaling": phi}
     assert figure4.judge(moved(effects, n)).word == word
 
 
+def test_teleports_no_better_than_random_ones_or_without_a_best_rate_do_not_count():
+    effects = {"curvature_up_backtracking": -5, "curvature_up_random": -5}
+    verdict = figure4.judge(moved(effects, 10))
+    assert verdict.word == "holds in part" and "against random is equivalent" in verdict.limits
+    verdict = figure4.judge(moved({"curvature_up_backtracking": -5}, 10, interior=False))
+    assert verdict.word == "holds in part" and "smaller φ, best rates is undecided" in verdict.limits
+
+
 def test_runs_that_went_the_other_way_are_an_arm_of_their_own():
-    outcome = moved({"curvature_up_preactivation": -5}, 10, lost=3)
+    outcome = moved({"curvature_up_backtracking": -5}, 10, lost=3)
     verdict = figure4.judge(outcome)
     assert verdict.word == "holds"
     assert all(
-        "7 of 10 runs went as sent" in line and "the other 3: diverged in 3" in line for line in verdict.details[:-1]
+        "7 of 10 runs went as sent" in line and "the other 3: diverged in 3" in line for line in verdict.details[:20]
     )

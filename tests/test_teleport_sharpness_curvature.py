@@ -161,7 +161,7 @@ def test_a_step_too_long_to_be_made_is_not_made(tmp_path, monkeypatch):
     arrays = np.load(tmp_path / "results/tiny" / f"{name}.npz")
     metrics = json.loads((tmp_path / "results/tiny" / f"{name}.json").read_text())["metrics"]
     for a, way in enumerate(figure4.WAYS, start=1):
-        if way.objective == "sharpness" and way.action in ("preactivation", "random"):
+        if way.objective == "sharpness" and way.action == "preactivation":
             assert metrics[way.key]["moved_as_asked"] == 0 and metrics[way.key]["largest_drift"] == [0, 0]
             assert np.array_equal(arrays["train_loss"][a], arrays["train_loss"][0])
         if way.objective == "curvature" and way.action == "preactivation":
@@ -201,10 +201,27 @@ def test_table_says_what_the_arrays_say(tiny):
             assert drift[0] < 1.01e-3  # on the teleport's batch
         if way.action == "preactivation":
             np.testing.assert_allclose(m["largest_drift"], drift, atol=1e-6)
+    tuned = {key: arrays[f"tuned/{key}"] for key in ("test_loss", "phi", "psi")}
+    assert tuned["test_loss"].shape == (4, 2, 4) and tuned["phi"].shape == tuned["psi"].shape == (4, 2, 2, 2)
+    assert np.array_equal(tuned["phi"][0, ..., 0], tuned["phi"][0, ..., 1])  # the baseline is not moved
+    for a, key, up in ((1, "psi", True), (3, "phi", False)):  # backtracking
+        assert ((tuned[key][a, ..., 1] > tuned[key][a, ..., 0]) == up).mean() > 0.7, key
     for key in ("phi", "psi", "psi_table", "loss"):  # at the end of training
         assert arrays[f"{key}_end"].shape == (21, 2) and not np.array_equal(
             arrays[f"{key}_end"][0], arrays[key][0, :, -1, 1, 1]
         )
+
+
+def test_a_stack_with_rates_is_moved_member_by_member(trained):
+    """Each at its own rate goes where it would have gone alone; one that diverged stays where it is."""
+    weights, draws = trained
+    arm = next(arm for arm in figure4.arms(PAPER) if arm.name == "curvature_up_backtracking")
+    lame = [W * torch.nan for W in weights]
+    moved = arm.move([torch.stack([W, V, 1.1 * W])[:, None] for W, V in zip(weights, lame)], draws[0])
+    alone = [arm.move([f * W[None] for W in weights], draws[0]) for f in (1.0, 1.1)]
+    assert moved.size.shape == (3, 1) and moved.size[1] == 0 and moved.objective_after[1].isnan()
+    for W, first, last in zip(moved.weights, *(each.weights for each in alone)):
+        assert_close(W[[0, 2], 0], torch.stack([first[0], last[0]]))
 
 
 def test_as_many_teleports_as_published():
