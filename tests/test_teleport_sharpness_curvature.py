@@ -202,9 +202,9 @@ def test_table_says_what_the_arrays_say(tiny):
         if way.action == "preactivation":
             np.testing.assert_allclose(m["largest_drift"], drift, atol=1e-6)
     tuned = {key: arrays[f"tuned/{key}"] for key in ("test_loss", "phi", "psi")}
-    assert tuned["test_loss"].shape == (4, 2, 4) and tuned["phi"].shape == tuned["psi"].shape == (4, 2, 2, 2)
+    assert tuned["test_loss"].shape == (5, 2, 2, 4) and tuned["phi"].shape == tuned["psi"].shape == (5, 2, 2, 2, 2)
     assert np.array_equal(tuned["phi"][0, ..., 0], tuned["phi"][0, ..., 1])  # the baseline is not moved
-    for a, key, up in ((1, "psi", True), (3, "phi", False)):  # backtracking
+    for a, key, up in ((1, "psi", True), (4, "phi", False)):  # backtracking, rescaling
         assert ((tuned[key][a, ..., 1] > tuned[key][a, ..., 0]) == up).mean() > 0.7, key
     for key in ("phi", "psi", "psi_table", "loss"):  # at the end of training
         assert arrays[f"{key}_end"].shape == (21, 2) and not np.array_equal(
