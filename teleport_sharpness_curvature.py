@@ -36,7 +36,7 @@ import torch
 
 from common import cli, plots, statistics
 from common.arms import Stack
-from common.claims import Claim, Verdict, change, listed, table, weigh
+from common.claims import Claim, Verdict, change, table, weigh
 from common.data import published_split, require
 from common.mlp import initial_weights, published_seeds
 from common.moves import MEASURED, held_out, teleporter
@@ -226,22 +226,20 @@ CASES = {  # what the claim says: who is compared, with whom, how it should come
 
 
 def judge(*outcomes):
+    places = [(r, rate) for r in outcomes for rate in ("published", "best")]
     found = {
         (f"{r.label}, {rate}", case): tuned_against(r, way, rate, other)[0]
         for case, (way, other, _) in CASES.items()
-        for r in outcomes
-        for rate in ("published", "best")
+        for r, rate in places
     }
     members = zip(found.values(), statistics.family(list(found.values())))
     found = dict(zip(found, (c._replace(word=old.word) if old.word == "undecided" else c for old, c in members)))
     wanted = {case: word for case, (*_, word) in CASES.items()}
     word, limits = weigh({key: c.word for key, c in found.items()}, wanted, dict(zip(wanted, wanted)))
-    said = {key: f"{key[1]} ({key[0]} rate) {change(c)}" for key, c in found.items()}
-    n = listed([str(r.arrays["tuned/test_loss"].shape[2]) for r in outcomes])
-    sentence = f"Test loss of {n} runs against no teleport or a random one: {'; '.join(said.values())}."
-    details = [of_arm(r, way) for r in outcomes for _, way in ways_of()]
-    details += [of_tuned(r) for r in outcomes] + [BEFORE]
-    return Verdict(word, limits, sentence, details, list(said.values())[0], answers={"direction": direction(outcomes)})
+    said = [f"{case} ({place} rate) {change(c)}" for (place, case), c in found.items()]
+    details = [*(of_arm(r, way) for r in outcomes for _, way in ways_of()), *map(of_tuned, outcomes), BEFORE]
+    sentence = f"Test loss against no teleport or a random one: {'; '.join(said)}."
+    return Verdict(word, limits, sentence, details, said[0], answers={"direction": direction(outcomes)})
 
 
 def of_arm(outcome, way):
