@@ -38,7 +38,7 @@ HALVINGS = 30  # of a step on ψ that goes too far
 
 
 class Move(NamedTuple):
-    """teleport.Teleportation, and its size: the distance between the weights before and after, or |t| on a curve."""
+    """teleport.Teleportation, and its size: the distance between the weights before and after."""
 
     weights: tuple[Tensor, ...]
     loss_before: Tensor
@@ -57,7 +57,6 @@ class Draws(NamedTuple):
     new_phi: Callable  # () -> φ on the batch, with directions that nobody has seen
     phi: Sharpness
     M: Tensor  # (d_2, d_2), uniform in [0, 1]
-    coin: int  # ± 1
     generator: torch.Generator
 
     @classmethod
@@ -65,8 +64,7 @@ class Draws(NamedTuple):
         """For a network of widths dims = (d_0, …, d_3), and so many directions for each radius of φ."""
         new_phi = partial(random_sharpness, x, labels, dims, directions, generator)
         phi, M = new_phi(), torch.rand(dims[2], dims[2], generator=generator).to(x)
-        coin = 1 if torch.rand((), generator=generator) < 0.5 else -1
-        return cls(x, labels, batch_loss(x, labels, ACTIVATION), new_phi, phi, M, coin, generator)
+        return cls(x, labels, batch_loss(x, labels, ACTIVATION), new_phi, phi, M, generator)
 
 
 class Meter:
@@ -180,11 +178,17 @@ def _attempt(move: Callable[..., Move], member: tuple[Tensor, ...], draws: Draws
         return Move(member, *[nowhere * torch.nan] * 4, nowhere)
 
 
+def move_at_random(objective: str, weights: Sequence[Tensor], draws: Draws, length: Tensor) -> Move:
+    """By a random element that moves the weights as far as `length`; what is recorded is the objective, φ or κ."""
+    moved = random_move(weights, draws.x, length, ACTIVATION, draws.generator)
+    record = draws.phi if objective == "sharpness" else lambda W: kappa_along(draws.M, W, draws.x)
+    return Move(moved, draws.loss_fn(weights), draws.loss_fn(moved), record(weights), record(moved), length)
+
+
 def move_sharpness(
     action: str,
     weights: Sequence[Tensor],
     draws: Draws,
-    length: Tensor | None = None,
     *,
     lr: float,
     maximize: bool,
@@ -192,12 +196,9 @@ def move_sharpness(
     cap: float,
 ) -> Move:
     """Ascent or descent of φ by the action (preactivation, rescaling, published; backtracking: preactivation, its steps
-    halved until φ improves and the loss stays within 1e-3); random: as far as `length`."""
+    halved until φ improves and the loss stays within 1e-3)."""
     x, loss_fn, phi = draws.x, draws.loss_fn, draws.phi
     options = dict(activation=ACTIVATION, lr=lr, steps=steps, maximize=maximize)
-    if action == "random":
-        moved = random_move(weights, x, length, ACTIVATION, draws.generator)
-        return Move(moved, loss_fn(weights), loss_fn(moved), phi(weights), phi(moved), length)
     if action == "backtracking":
         options |= dict(backtracking=True)
     if action == "published":
@@ -209,33 +210,23 @@ def move_sharpness(
 
 
 def move_curvature(
-    action: str,
-    weights: Sequence[Tensor],
-    draws: Draws,
-    t: Tensor | None = None,
-    *,
-    lr: float,
-    maximize: bool,
-    tolerance: float,
+    action: str, weights: Sequence[Tensor], draws: Draws, *, lr: float, maximize: bool, tolerance: float
 ) -> Move:
-    """One step on κ along t ↦ exp(tM) by the action (preactivation, backtracking, rescaling, published); random: ±t."""
+    """One step on κ along t ↦ exp(tM) by the action: preactivation, backtracking, rescaling or published."""
     x, loss_fn = draws.x, draws.loss_fn
-    if action in ("preactivation", "backtracking", "rescaling"):
-        M = draws.M.diag().diag() if action == "rescaling" else draws.M  # exp(tM), M diagonal: a positive rescaling
-        tolerance = DRIFT if action == "backtracking" else tolerance
-        return curvature_teleport(weights, x, loss_fn, M, lr if maximize else -lr, tolerance)
     if action == "published":
         moved = published.teleport_curvature(weights, x, draws.M, activation=ACTIVATION, lr=lr, maximize=maximize)
-    else:
-        moved = along_curve(weights, x, draws.coin * t * draws.M)
-    kappas = (kappa_along(draws.M, W, x) for W in (weights, moved))
-    return Move(moved, loss_fn(weights), loss_fn(moved), *kappas, distance(moved, weights))
+        kappas = (kappa_along(draws.M, W, x) for W in (weights, moved))
+        return Move(moved, loss_fn(weights), loss_fn(moved), *kappas, distance(moved, weights))
+    M = draws.M.diag().diag() if action == "rescaling" else draws.M  # exp(tM), M diagonal: a positive rescaling
+    tolerance = DRIFT if action == "backtracking" else tolerance
+    return curvature_teleport(weights, x, loss_fn, M, lr if maximize else -lr, tolerance)
 
 
 def curvature_teleport(
     weights: Sequence[Tensor], x: Tensor, loss_fn: Callable, M: Tensor, lr: float, tolerance: float
 ) -> Move:
-    """Move along t ↦ exp(tM) to t = lr dκ/dt, up (lr > 0) or down; the objective is κ, the size |t|.
+    """Move along t ↦ exp(tM) to t = lr dκ/dt, up (lr > 0) or down; the objective is κ.
 
     t is halved until κ has moved the way that lr points and the loss by no more than tolerance (relative); if no
     halving helps, t = 0 and the weights stay. dκ/dt is often so large that exp(tM) at the published lr lies orders of
@@ -248,11 +239,11 @@ def curvature_teleport(
             moved = along_curve(weights, x, t * M)
             after, moved_loss = kappa_along(M, moved, x), loss_fn(moved)
             if (after - kappa) * lr > 0 and (moved_loss - loss).abs() <= tolerance * loss:
-                return Move(moved, loss, moved_loss, kappa, after, t.abs())
+                return Move(moved, loss, moved_loss, kappa, after, distance(moved, weights))
         except ValueError:  # a singular element
             pass
         t = t / 2
-    return Move(tuple(weights), loss, loss, kappa, kappa, torch.zeros_like(t))
+    return Move(tuple(weights), loss, loss, kappa, kappa, torch.zeros_like(loss))
 
 
 def along_curve(weights: Sequence[Tensor], x: Tensor, M: Tensor) -> tuple[Tensor, ...]:

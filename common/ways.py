@@ -15,7 +15,7 @@ from common import statistics
 from common.arms import Arm, Stack
 from common.data import Dataset
 from common.mlp import initial_weights
-from common.moves import attempt, move_curvature, move_sharpness, teleporter
+from common.moves import attempt, move_at_random, move_curvature, move_sharpness, teleporter
 from common.protocol import RATES as PUBLISHED_OR_BEST
 from common.protocol import both_rates, final
 from common.run import Outcome, Run
@@ -61,7 +61,13 @@ TUNED = (
     "curvature_up_published",
     "sharpness_down_rescaling",
 )
-CLAIMED = (1, 4)
+LARGER, SMALLER = Way("curvature", "backtracking", True), Way("sharpness", "rescaling", False)
+LARGER_RANDOM = LARGER._replace(action="random")
+CLAIMED = {  # what the claim says: who is compared, with whom
+    "larger ψ": (LARGER.key, "baseline"),
+    "larger ψ against random": (LARGER.key, LARGER_RANDOM.key),
+    "smaller φ": (SMALLER.key, "baseline"),
+}
 # Published, by dataset: learning rate of SGD, and of the teleports (up, down).
 RATES = {
     "MNIST": (1e-2, {"sharpness": (5e-2, 5e-2), "curvature": (2e-1, 5e-2)}),
@@ -84,6 +90,8 @@ def arms(s: Any) -> tuple[Arm, ...]:
     """Who is moved, where and by what; random goes as far as backtracking did. s: Figure 4's Settings."""
 
     def move(way: Way) -> partial:
+        if way.action == "random":
+            return partial(move_at_random, way.objective)
         options = dict(lr=RATES[s.dataset][1][way.objective][0 if way.maximize else 1], maximize=way.maximize)
         if way.objective == "sharpness":
             return partial(move_sharpness, way.action, steps=s.ascent_steps, cap=s.cap, **options)
@@ -102,37 +110,54 @@ def tuned_rates(run: Run, data: Dataset, dims: Sequence[int]) -> tuple[dict, dic
     Returns arrays and seconds. Beside the tuning the arrays are test_loss (A, 2, S, epochs), and phi and psi before and
     after every teleport, held out, (A, 2, S, K, 2).
     """
-    s, moving = run.settings, {arm.name: arm for arm in arms(run.settings)}
+    s, everyone = run.settings, range(len(TUNED))
     tuning, fresh = disjoint_seeds(s.tuning_seeds, s.tuned_seeds)
-    K = max(moving[name].moves for name in TUNED[1:])
-
-    def one_run(which: Sequence[int], factors: np.ndarray, seed: int, s: Any, measured: bool = True) -> dict:
-        members, rows = [moving[TUNED[a]] for a in which], list(range(len(which)))
-        followed = [i for i, arm in enumerate(members) if arm.follows not in (None, *(TUNED[a] for a in which))]
-        members = [*(moving[members[i].follows] for i in followed), *members]  # for its moves, at its follower's rates
-        rates = RATES[s.dataset][0] * torch.tensor(factors[followed + rows], dtype=torch.float32)
-        W = [V.to(run.device) for V in initial_weights(dims, [seed])]
-        stack = Stack(members, W, "SGD", rates, K)
-        record, move_arms = teleporter(stack, data, dims, seed, s, measured)
-        curves = stack.train(run, data, s.epochs, s.batch, {s.teleport_epoch: move_arms}, desc=f"seed {seed}")
-        return {key: values[len(followed) :] for key, values in {"test_loss": curves["test_loss"], **record}.items()}
 
     def scores(which: Sequence[int], factors: np.ndarray) -> np.ndarray:
         few = replace(s, directions=s.tuning_directions)
-        found = [one_run(which, factors, seed, few, measured=False)["test_loss"] for seed in tuning]  # (A, F, 1, …)
-        return final(np.concatenate(found, 2))
+        each = [one_run(run, data, dims, which, factors, seed, few, measured=False) for seed in tuning]
+        return final(torch.cat([found["test_loss"] for found in each], 2))
 
     def compared(seed: int) -> dict:
-        found = one_run(range(len(TUNED)), both_rates(tuned), seed, s)
+        found = one_run(run, data, dims, everyone, both_rates(tuned), seed, s)
         measures = {key: found[key][:, :, 0, ..., 1] for key in ("phi", "psi")}
         return {"test_loss": found["test_loss"][:, :, 0], **measures}
 
     parts, seconds = run.parts(lambda _: tune(scores, len(TUNED), s.grid).save(""), {"tuning": None})
     tuned = Tuned.load(parts["tuning"], "")
-    plan = runs(tuned, CLAIMED, (s.least, s.tuned_seeds))
+    plan = runs(tuned, [TUNED.index(way.key) for way in (LARGER, SMALLER)], (s.least, s.tuned_seeds))
     found, spent = run.parts(compared, {f"tuned_{i + 1}": seed for i, seed in enumerate(fresh[: plan.n])})
     arrays = {f"tuned/{key}": np.stack([part[key] for part in found.values()], 2) for key in found["tuned_1"]}
-    return arrays | tuned.save("tuning/") | {"tuned/margin": np.float64(plan.margin)}, seconds | spent
+    arrays |= {"tuned/margin": np.float64(plan.margin), "tuned/seeds": np.array(fresh[: plan.n])}
+    return arrays | tuned.save("tuning/"), seconds | spent
+
+
+def one_run(
+    run: Run,
+    data: Dataset,
+    dims: Sequence[int],
+    which: Sequence[int],
+    factors: np.ndarray,
+    seed: int,
+    s: Any,
+    measured: bool = True,
+) -> dict:
+    """Train the arms of TUNED numbered `which`, at factors (A, F) of the published rate, in the run of this seed.
+
+    An arm that follows another has a leader of its own, at its rates: the same move, whoever else is trained. Returns
+    test_loss (A, F, 1, epochs) and what `teleporter` measures.
+    """
+    moving = {arm.name: arm for arm in arms(s)}
+    mine = [moving[TUNED[a]] for a in which]
+    rows = [i for i, arm in enumerate(mine) if arm.follows]
+    leaders = [moving[mine[i].follows]._replace(name=f"leader {i}") for i in rows]
+    mine = [arm._replace(follows=f"leader {i}") if arm.follows else arm for i, arm in enumerate(mine)]
+    rates = RATES[s.dataset][0] * torch.tensor(factors[[*rows, *range(len(mine))]], dtype=torch.float32)
+    W = [V.to(run.device) for V in initial_weights(dims, [seed])]
+    stack = Stack([*leaders, *mine], W, "SGD", rates, max(moving[name].moves for name in TUNED[1:]))
+    record, move_arms = teleporter(stack, data, dims, seed, s, measured)
+    curves = stack.train(run, data, s.epochs, s.batch, {s.teleport_epoch: move_arms}, desc=f"seed {seed}")
+    return {key: values[len(leaders) :] for key, values in {"test_loss": curves["test_loss"], **record}.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,36 +174,64 @@ def way_of(name: str) -> Way:
     return next(way for way in WAYS if way.key == name)
 
 
-def went(outcome: Outcome, way: Way) -> np.ndarray:
-    """Which runs' φ or ψ went as sent, (S,): after the last teleport, on held-out data and fresh draws, against no
-    teleport at that step."""
-    values = outcome.arrays[way.measure][:, :, teleports(way, outcome.settings) - 1, 1, 1]  # (A, S)
-    a = 1 + WAYS.index(way)
-    return values[a] > values[0] if way.maximize else values[a] < values[0]
+def went(values: np.ndarray, way: Way, s: Any) -> np.ndarray:
+    """Which runs' φ or ψ went as sent, (S,): by all teleports together. values (S, K, [before, after]), held out.
 
-
-def against(outcome: Outcome, way: Way, as_sent: bool = True) -> tuple[Comparison, int]:
-    """Test loss against the baseline's, all at the published rate, of the runs that went as sent (False: of all
-    others), and how many these are."""
-    return _compared(final(outcome.arrays["test_loss"][[1 + WAYS.index(way), 0]]), went(outcome, way) == as_sent)
-
-
-def tuned_against(outcome: Outcome, way: Way, rate: str, other: str = "baseline") -> tuple[Comparison, int]:
-    """The same against an arm of TUNED, at the published rate or each at its best, in the runs that are compared there.
-
-    Sent as asked: by all teleports of the run together, on held-out data and fresh draws. Undecided where one of the
-    two has no best rate.
+    A random element is sent nowhere, and one that diverged is not known to have gone elsewhere: they count.
     """
-    (a, b), r = map(TUNED.index, (way.key, other)), PUBLISHED_OR_BEST.index(rate)
-    k = teleports(way, outcome.settings)
-    values = np.log(outcome.arrays[f"tuned/{way.measure}"][a, r, :, :k])  # (S, k, [before, after])
-    change = (values[..., 1] - values[..., 0]).sum(-1)
-    numbers = final(outcome.arrays["tuned/test_loss"][[a, b], r])
-    found, n = _compared(numbers, (change > 0) if way.maximize else change < 0)
-    interior = Tuned.load(outcome.arrays, "tuning/").interior
-    return found if rate == "published" or interior[[a, b]].all() else found._replace(word="undecided"), n
+    steps = np.log(values[:, : teleports(way, s)])
+    change = (steps[..., 1] - steps[..., 0]).sum(-1)
+    return ~(change <= 0) if way.maximize else ~(change >= 0)
 
 
-def _compared(numbers: np.ndarray, which: np.ndarray) -> tuple[Comparison, int]:
-    numbers = numbers[:, which] if which.any() else np.array([[np.nan], [0.0]])
-    return statistics.compare(*numbers, relative=False), int(which.sum())
+def against(outcome: Outcome, way: Way, as_sent: bool = True) -> tuple[Comparison | None, int]:
+    """Test loss against the baseline's, all at the published rate, of the runs that went as sent (False: of all
+    others), and how many these are; None for none."""
+    a = 1 + WAYS.index(way)
+    runs = went(outcome.arrays[way.measure][a, ..., 1], way, outcome.settings) | (way.action == "random")
+    return _compared(final(outcome.arrays["test_loss"][[a, 0]]), runs == as_sent)
+
+
+def findings(outcomes: Sequence[Outcome]) -> dict[tuple, tuple[Comparison | None, int]]:
+    """The fresh runs of TUNED: {(place, arm, other): (Comparison of the test loss, how many runs went as sent)}.
+
+    What is CLAIMED is one family over all outcomes and both rates (Holm), the other arms against the baseline another.
+    None where no run went as sent; undecided where one of the two has no best rate.
+    """
+    other = {name: (name, "baseline") for name in TUNED[1:] if (name, "baseline") not in CLAIMED.values()}
+    found = {}
+    for pairs in (CLAIMED, other):
+        mine = {
+            (place(r, rate), *pair): _tuned_against(r, rate, *pair)
+            for r in outcomes
+            for rate in PUBLISHED_OR_BEST
+            for pair in pairs.values()
+        }
+        members = {key: c for key, (c, _) in mine.items() if c is not None}
+        for key, c in zip(members, statistics.family(list(members.values()))):
+            members[key] = c._replace(word="undecided") if members[key].word == "undecided" else c
+        found |= {key: (members.get(key), n) for key, (_, n) in mine.items()}
+    return found
+
+
+def words(found: dict[tuple, tuple[Comparison | None, int]]) -> dict[tuple, str]:
+    """{(place, what is claimed): word} of `findings`; undecided where no run went as sent."""
+    claimed = [(key, case) for case, pair in CLAIMED.items() for key in found if key[1:] == pair]
+    return {(key[0], case): found[key][0].word if found[key][0] else "undecided" for key, case in claimed}
+
+
+def place(outcome: Outcome, rate: str) -> str:
+    """A dataset and a rate, as `findings` names them and as text."""
+    return f"{outcome.label}, {rate} rate"
+
+
+def _tuned_against(outcome: Outcome, rate: str, arm: str, other: str) -> tuple[Comparison | None, int]:
+    (a, b), r, way = map(TUNED.index, (arm, other)), PUBLISHED_OR_BEST.index(rate), way_of(arm)
+    runs = went(outcome.arrays[f"tuned/{way.measure}"][a, r], way, outcome.settings) | (way.action == "random")
+    c, n = _compared(final(outcome.arrays["tuned/test_loss"][[a, b], r]), runs)
+    inside = rate == "published" or Tuned.load(outcome.arrays, "tuning/").interior[[a, b]].all()
+    return c if inside or c is None else c._replace(word="undecided"), n
+
+
+def _compared(numbers: np.ndarray, which: np.ndarray) -> tuple[Comparison | None, int]:
+    return statistics.compare(*numbers[:, which], relative=False) if which.any() else None, int(which.sum())

@@ -86,58 +86,89 @@ def test_table_1_compares_with_the_published_axes():
 ARMS = ("baseline", *(way.key for way in figure4.WAYS))
 
 
-def moved(effects, n, lost=0, seed=0, interior=True):
-    """Figure 4's arrays of n runs: every arm goes where it is sent and changes the test loss by effects (% by arm), but
-    for `lost` runs of each, which go the other way and diverge."""
+def moved(effects, n, lost=0, seed=0, best=None, edges=()):
+    """Figure 4's arrays of n runs: every arm goes where it is sent and changes the test loss by effects (% by arm, at
+    best rates by `best`), but for `lost` runs of each, which go the other way and diverge. ψ of arms of φ, and φ of
+    arms of ψ, go the other way, and count for nothing."""
     generator, s = np.random.default_rng(seed), figure4.PRESETS["tiny"]
     A, K = len(ARMS), max(figure4.teleports(way, s) for way in figure4.WAYS)
     level = np.exp(0.1 * generator.normal(size=(1, n)) + 0.001 * generator.normal(size=(A, n)))
-    phi, up = np.ones((A, n, K, 2, 2)), np.array([0, *(1 if way.maximize else -1 for way in figure4.WAYS)])
-    phi *= np.exp(0.1 * up)[:, None, None, None, None]
+    up = np.array([0, *(1 if way.maximize else -1 for way in figure4.WAYS)])
+    of_psi = np.array([False, *(way.objective == "curvature" for way in figure4.WAYS)])
+    right = 0.1 * np.tile(up[:, None], n)
     for a, name in enumerate(ARMS[1:], start=1):
         level[a] *= 1 + effects.get(name, 0) / 100
         level[a, n - lost :] = np.nan
-        phi[a, n - lost :] = 1 / phi[a, n - lost :]
+        right[a, n - lost :] *= -1
+
+    def measured(mine):
+        steps = np.where(mine[:, None], right, -right)  # the log of what a teleport does
+        return np.exp(steps[..., None, None] * np.arange(2) * np.ones((K, 1)))  # (A, n, K, 2)
+
     losses = np.broadcast_to(level[..., None], (A, n, s.epochs))
-    arrays = {"phi": phi, "psi": phi, "loss": phi, "objective": phi[..., 0], "test_loss": losses, "train_loss": losses}
-    tuned, one = [ARMS.index(name) for name in figure4.TUNED], np.ones((len(figure4.TUNED), 1, 3))
-    inside = np.full(len(tuned), interior)
-    going = np.stack([np.ones_like(phi[..., 0, 0]), phi[..., 0, 0] ** 2], -1)[tuned]  # before and after, as sent
-    twice = {"tuned/test_loss": losses[tuned], "tuned/phi": going, "tuned/psi": going}
-    arrays |= {key: np.stack([values, values], 1) for key, values in twice.items()} | {"tuned/margin": np.float64(0.01)}
-    best = Tuned(np.array([0.5, 1, 2]), one.swapaxes(1, 2), one[:, 0] > 0, one[:, 0, 0].astype(int), inside)
-    arrays |= best.save("tuning/")
-    metrics = figure4.compare(s, arrays)
-    return Outcome(metrics, arrays, list(range(n)), label="planted", settings=s)
+    phi, psi = (np.stack([values] * 2, -1) for values in (measured(~of_psi), measured(of_psi)))
+    arrays = {"phi": phi, "psi": psi, "loss": phi, "objective": phi[..., 0], "test_loss": losses, "train_loss": losses}
+    tuned = [ARMS.index(name) for name in figure4.TUNED]
+    change = np.array([1 + ((effects if best is None else best).get(n, 0) - effects.get(n, 0)) / 100 for n in ARMS])
+    arrays |= {f"tuned/{key}": np.stack([arrays[key][tuned, ..., 1]] * 2, 1) for key in ("phi", "psi")}
+    arrays["tuned/test_loss"] = np.stack([losses[tuned], losses[tuned] * change[tuned, None, None]], 1)
+    arrays["tuned/margin"], ones = np.float64(0.01), np.ones((len(tuned), 1, 3))
+    inside = np.array([name not in edges for name in figure4.TUNED])
+    factors = np.array([0.5, 1, 2])
+    arrays |= Tuned(factors, ones.swapaxes(1, 2), ones[:, 0] > 0, ones[:, 0, 0].astype(int), inside).save("tuning/")
+    return Outcome(figure4.compare(s, arrays), arrays, list(range(n)), label="planted", settings=s)
+
+
+PSI, PHI, RANDOM = "curvature_up_backtracking", "sharpness_down_rescaling", "curvature_up_random"
 
 
 @pytest.mark.parametrize(
-    "psi, phi, n, word",
+    "effects, best, n, word",
     [
-        (-5, 0, 10, "holds"),
-        (0, 0, 10, "holds in part"),
-        (-5, 5, 10, "holds in part"),
-        (5, -5, 10, "does not hold"),
-        (-5, 0, 1, "undecided"),
+        ({PSI: -5}, None, 10, "holds"),
+        ({}, None, 10, "does not hold"),  # negligible everywhere, smaller φ too
+        ({PSI: -5}, {}, 10, "holds in part"),
+        ({}, {PSI: -5}, 10, "holds in part"),
+        ({PSI: -5, PHI: 5}, None, 10, "holds in part"),
+        ({PSI: -5}, {PSI: -5, PHI: 5}, 10, "holds in part"),
+        ({PSI: -5, RANDOM: -5}, None, 10, "does not hold"),
+        ({PSI: 5, PHI: -5}, None, 10, "does not hold"),
+        ({PSI: -5}, None, 1, "undecided"),
     ],
 )
-def test_teleports_to_other_points(psi, phi, n, word):
-    effects = {"curvature_up_backtracking": psi, "sharpness_down_rescaling": phi}
-    assert figure4.judge(moved(effects, n)).word == word
+def test_teleports_to_other_points(effects, best, n, word):
+    assert figure4.judge(moved(effects, n, best=best)).word == word
 
 
-def test_teleports_no_better_than_random_ones_or_without_a_best_rate_do_not_count():
-    effects = {"curvature_up_backtracking": -5, "curvature_up_random": -5}
-    verdict = figure4.judge(moved(effects, 10))
-    assert verdict.word == "holds in part" and "against random is equivalent" in verdict.limits
-    verdict = figure4.judge(moved({"curvature_up_backtracking": -5}, 10, interior=False))
-    assert verdict.word == "holds in part" and "smaller φ is undecided on planted, best" in verdict.limits
+@pytest.mark.parametrize("edge, word", [(PSI, "holds in part"), (RANDOM, "holds in part"), (PHI, "holds in part")])
+def test_an_arm_without_a_best_rate_is_undecided_there(edge, word):
+    verdict = figure4.judge(moved({PSI: -5}, 10, edges=(edge,)))
+    said = "not equivalent: planted, best rate" if edge == PHI else "planted, published rate only"
+    assert verdict.word == word and said in verdict.limits
+    assert figure4.judge(moved({PSI: -5}, 10, edges=("curvature_up_published",))).word == "holds"
+
+
+def test_a_run_that_diverged_is_not_left_out():
+    """NaN says nothing about where it went: it counts, and nothing is better than what diverged."""
+    outcome = moved({PSI: -5}, 10)
+    a = figure4.TUNED.index(PSI)
+    for key in ("tuned/psi", "tuned/test_loss"):
+        outcome.arrays[key][a, :, 6:] = np.nan
+    verdict = figure4.judge(outcome)
+    assert verdict.word == "undecided" and "diverged in 4 and 0 of 10 (undecided)" in verdict.sentence
+
+
+def test_nobody_who_went_as_sent_is_said():
+    outcome = moved({PSI: -5}, 10)
+    outcome.arrays["tuned/psi"] = 1 / outcome.arrays["tuned/psi"]
+    verdict = figure4.judge(outcome)
+    assert verdict.word == "undecided" and "larger ψ, planted, best rate, none went as sent" in verdict.sentence
 
 
 def test_runs_that_went_the_other_way_are_an_arm_of_their_own():
-    outcome = moved({"curvature_up_backtracking": -5}, 10, lost=3)
+    outcome = moved({PSI: -5}, 10, lost=3)
     verdict = figure4.judge(outcome)
     assert verdict.word == "holds"
-    assert all(
-        "7 of 10 runs went as sent" in line and "the other 3: diverged in 3" in line for line in verdict.details[:20]
-    )
+    for line, way in zip(verdict.details, figure4.WAYS):  # a random one is sent nowhere
+        other = "10 of 10 runs went as sent; diverged in 3" if way.action == "random" else "the other 3: diverged in 3"
+        assert other in line, line

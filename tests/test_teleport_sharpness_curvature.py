@@ -10,10 +10,11 @@ from conftest import read_results, run_inside
 from torch.testing import assert_close
 
 import teleport_sharpness_curvature as figure4
-from common import cli, moves
+from common import cli, moves, ways
 from common.arms import draw_batches
 from common.data import load
 from common.mlp import StackedMLP, initial_weights
+from common.run import Run
 from teleport import forward, leaky_relu, preactivation_action, teleport
 
 LEAKY = leaky_relu(0.1)
@@ -78,7 +79,7 @@ def test_every_arm_moves_and_rescaling_keeps_the_outputs(trained):
         if arm.name.endswith("rescaling"):
             assert_close(forward(moved.weights, draws[0].x, LEAKY)[0], before, rtol=1e-5, atol=1e-5)
         if arm.follows:
-            assert_close(moves.distance(moved.weights, stack) > 0, moved.size > 0)
+            assert_close(moves.distance(moved.weights, stack), made[arm.follows].size, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("length", (0.0, 0.3, 3.0))
@@ -222,6 +223,19 @@ def test_a_stack_with_rates_is_moved_member_by_member(trained):
     assert moved.size.shape == (3, 1) and moved.size[1] == 0 and moved.objective_after[1].isnan()
     for W, first, last in zip(moved.weights, *(each.weights for each in alone)):
         assert_close(W[[0, 2], 0], torch.stack([first[0], last[0]]))
+
+
+def test_an_arm_is_trained_as_if_alone(tmp_path):
+    """Whoever is tuned beside it, and at whichever rates: random elements are as large as at its own."""
+    s, data = figure4.PRESETS["tiny"], load("mnist-mini")
+    data = data._replace(x=data.x[:400], y=data.y[:400])
+    run = Run("experiment", s, torch.device("cpu"), tmp_path, quiet=True)
+    factors = np.array([[1.0, 3.0], [9.0, 0.3], [2.0, 5.0], [1.0, 3.0], [1.0, 7.0]])
+    everyone = ways.one_run(run, data, DIMS, range(5), factors, 54321, s)
+    for a in range(5):
+        alone = ways.one_run(run, data, DIMS, [a], factors[[a]], 54321, s)
+        for key in ("test_loss", "phi", "psi"):
+            assert_close(alone[key][0], everyone[key][a], rtol=1e-4, atol=0, equal_nan=True, msg=f"{a} {key}")
 
 
 def test_as_many_teleports_as_published():
