@@ -45,7 +45,7 @@ from common.statistics import mean_std
 from common.tuning import GRID, Tuned
 from common.ways import (
     ACTIONS,
-    CLAIMED,
+    DECIDING,
     LARGER,
     RATES,
     SYMBOLS,
@@ -222,11 +222,11 @@ def finite_median(values):
 def judge(*outcomes):
     found = findings(outcomes)
     each, places = words(found), dict.fromkeys(where for where, *_ in found)
-    larger = {where: settle(each[where, case] for case in list(CLAIMED)[:2]) for where in places}
+    larger = {where: settle(each[where, case] for case in list(DECIDING)[:2]) for where in places}
     smaller = [where for where in places if each[where, "smaller φ"] != "equivalent"]
     limits = f"larger ψ {except_for(larger)}" + (f"; smaller φ not equivalent: {listed(smaller)}" if smaller else "")
     word = graded(list(larger.values()))
-    said = [f"{case}, {where}, {text(found[(where, *CLAIMED[case])])}" for where, case in each]
+    said = [f"{case}, {where}, {text(found[(where, *DECIDING[case])])}" for where, case in each]
     details = [*(of_arm(r, way) for r in outcomes for _, way in ways_of()), *(of_tuned(r, found) for r in outcomes)]
     sentence = f"Test loss against no teleport or a random one: {'; '.join(said)}."
     word = "holds in part" if smaller and word == "holds" else word
@@ -351,7 +351,7 @@ def plot_tuned(outcome):
     figure, ((ax, tuning),) = plots.panels(1, 2, width=4.6, height=3.2)
     found, ways = findings([outcome]), [way_of(name) for name in TUNED[1:]]
     pairs = {str(way): (way.key, "baseline") for way in ways}
-    pairs["ψ up against random"] = CLAIMED["larger ψ against random"]
+    pairs["ψ up against random"] = DECIDING["larger ψ against random"]
     for k, rate in enumerate(("published", "best")):
         each = [found[(place(outcome, rate), *pair)][0] for pair in pairs.values()]
         at = [y + 0.2 * k - 0.1 for y, c in enumerate(each) if c]

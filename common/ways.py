@@ -63,7 +63,7 @@ TUNED = (
 )
 LARGER, SMALLER = Way("curvature", "backtracking", True), Way("sharpness", "rescaling", False)
 LARGER_RANDOM = LARGER._replace(action="random")
-CLAIMED = {  # what the claim says: who is compared, with whom
+DECIDING = {  # what the claim says: who is compared, with whom
     "larger ψ": (LARGER.key, "baseline"),
     "larger ψ against random": (LARGER.key, LARGER_RANDOM.key),
     "smaller φ": (SMALLER.key, "baseline"),
@@ -195,12 +195,12 @@ def against(outcome: Outcome, way: Way, as_sent: bool = True) -> tuple[Compariso
 def findings(outcomes: Sequence[Outcome]) -> dict[tuple, tuple[Comparison | None, int]]:
     """The fresh runs of TUNED: {(place, arm, other): (Comparison of the test loss, how many runs went as sent)}.
 
-    What is CLAIMED is one family over all outcomes and both rates (Holm), the other arms against the baseline another.
+    What is DECIDING is one family over all outcomes and both rates (Holm), the other arms against the baseline another.
     None where no run went as sent; undecided where one of the two has no best rate.
     """
-    other = {name: (name, "baseline") for name in TUNED[1:] if (name, "baseline") not in CLAIMED.values()}
+    other = {name: (name, "baseline") for name in TUNED[1:] if (name, "baseline") not in DECIDING.values()}
     found = {}
-    for pairs in (CLAIMED, other):
+    for pairs in (DECIDING, other):
         mine = {
             (place(r, rate), *pair): _tuned_against(r, rate, *pair)
             for r in outcomes
@@ -216,7 +216,7 @@ def findings(outcomes: Sequence[Outcome]) -> dict[tuple, tuple[Comparison | None
 
 def words(found: dict[tuple, tuple[Comparison | None, int]]) -> dict[tuple, str]:
     """{(place, what is claimed): word} of `findings`; undecided where no run went as sent."""
-    claimed = [(key, case) for case, pair in CLAIMED.items() for key in found if key[1:] == pair]
+    claimed = [(key, case) for case, pair in DECIDING.items() for key in found if key[1:] == pair]
     return {(key[0], case): found[key][0].word if found[key][0] else "undecided" for key, case in claimed}
 
 
