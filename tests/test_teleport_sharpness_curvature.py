@@ -79,7 +79,7 @@ def test_every_arm_moves_and_rescaling_keeps_the_outputs(trained):
         if arm.name.endswith("rescaling"):
             assert_close(forward(moved.weights, draws[0].x, LEAKY)[0], before, rtol=1e-5, atol=1e-5)
         if arm.follows:
-            assert_close(moves.distance(moved.weights, stack), made[arm.follows].size, rtol=0.02, atol=0)
+            assert_close(moves.distance(moved.weights, stack), made[arm.follows].size, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("length", (0.0, 0.3, 3.0))
