@@ -6,6 +6,7 @@ The numbers are of the runs that went as they were sent: the others are an arm o
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,21 +111,25 @@ def tuned_rates(run: Run, data: Dataset, dims: Sequence[int]) -> tuple[dict, dic
     Returns arrays and seconds. Beside the tuning the arrays are test_loss (A, 2, S, epochs), and phi and psi before and
     after every teleport, held out, (A, 2, S, K, 2).
     """
-    s, everyone = run.settings, range(len(TUNED))
+    s, everyone, seconds, turns = run.settings, range(len(TUNED)), {}, count(1)
     tuning, fresh = disjoint_seeds(s.tuning_seeds, s.tuned_seeds)
+    few = replace(s, directions=s.tuning_directions)
 
     def scores(which: Sequence[int], factors: np.ndarray) -> np.ndarray:
-        few = replace(s, directions=s.tuning_directions)
-        each = [one_run(run, data, dims, which, factors, seed, few, measured=False) for seed in tuning]
-        return final(torch.cat([found["test_loss"] for found in each], 2))
+        def tried(seed: int) -> dict:
+            return {"test": final(one_run(run, data, dims, which, factors, seed, few, measured=False)["test_loss"])}
+
+        turn = next(turns)
+        parts, spent = run.parts(tried, {f"tuning{turn}_{i + 1}": seed for i, seed in enumerate(tuning)})
+        seconds.update(spent)
+        return np.concatenate([part["test"] for part in parts.values()], 2)
 
     def compared(seed: int) -> dict:
         found = one_run(run, data, dims, everyone, both_rates(tuned), seed, s)
         measures = {key: found[key][:, :, 0, ..., 1] for key in ("phi", "psi")}
         return {"test_loss": found["test_loss"][:, :, 0], **measures}
 
-    parts, seconds = run.parts(lambda _: tune(scores, len(TUNED), s.grid).save(""), {"tuning": None})
-    tuned = Tuned.load(parts["tuning"], "")
+    tuned = tune(scores, len(TUNED), s.grid)
     plan = runs(tuned, [TUNED.index(way.key) for way in (LARGER, SMALLER)], (s.least, s.tuned_seeds))
     found, spent = run.parts(compared, {f"tuned_{i + 1}": seed for i, seed in enumerate(fresh[: plan.n])})
     arrays = {f"tuned/{key}": np.stack([part[key] for part in found.values()], 2) for key in found["tuned_1"]}
