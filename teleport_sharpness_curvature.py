@@ -230,7 +230,8 @@ def judge(*outcomes):
     details = [*(of_arm(r, way) for r in outcomes for _, way in ways_of()), *(of_tuned(r, found) for r in outcomes)]
     sentence = f"Test loss against no teleport or a random one: {'; '.join(said)}."
     word = "holds in part" if smaller and word == "holds" else word
-    return Verdict(word, limits, sentence, [*details, BEFORE], said[0], answers={"direction": direction(outcomes)})
+    first, answers = said[0].replace(f"{outcomes[0].label}, ", ""), {"direction": direction(outcomes)}
+    return Verdict(word, limits, sentence, [*details, BEFORE], first.rsplit(" in ", 1)[0], answers=answers)
 
 
 def text(found):
@@ -359,7 +360,7 @@ def plot_tuned(outcome):
     ax.set_yticks(range(len(pairs)), pairs)
     ax.set_xlabel(f"test loss against the baseline's, %, {outcome.label}")
     ax.invert_yaxis()
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     plots.tuning_curves(tuning, Tuned.load(outcome.arrays, "tuning/"), ["baseline", *map(str, ways)])
     tuning.set_ylabel("above the baseline's best, %")
     tuning.legend(fontsize=7)
