@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from common import cli, plots, statistics
+from common import cli, plots, protocol, statistics
 from common.arms import Stack
 from common.claims import Claim, Verdict, change, except_for, graded, listed, settle, table
 from common.data import published_split, require
@@ -256,7 +256,7 @@ def of_tuned(outcome, found):
     rates = [f"×{f:.3g}{'' if inside else ' (edge)'}" for f, inside in zip(tuned.best_factors(), tuned.interior)]
     runs = outcome.arrays["tuned/test_loss"].shape[2]
     for arm, rate in zip(TUNED[1:], rates[1:]):
-        each = [text(found[place(outcome, at), arm, "baseline"]) for at in ("published", "best")]
+        each = [text(found[place(outcome, at), arm, "baseline"]) for at in protocol.RATES]
         cells.append(f"{way_of(arm)}: published rate {each[0]}, best {rate} {each[1]}")
     return (
         f"{outcome.label}, {runs} fresh runs, which can show equivalence within "
@@ -353,7 +353,7 @@ def plot_tuned(outcome):
     found, ways = findings([outcome]), [way_of(name) for name in TUNED[1:]]
     pairs = {str(way): (way.key, "baseline") for way in ways}
     pairs["ψ up against random"] = DECIDING["larger ψ against random"]
-    for k, rate in enumerate(("published", "best")):
+    for k, rate in enumerate(protocol.RATES):
         each = [found[(place(outcome, rate), *pair)][0] for pair in pairs.values()]
         at = [y + 0.2 * k - 0.1 for y, c in enumerate(each) if c]
         plots.intervals(ax, [c for c in each if c], at, k, f"{rate} rate")

@@ -184,6 +184,8 @@ def went(values: np.ndarray, way: Way, s: Any) -> np.ndarray:
 
     A random element is sent nowhere, and one that diverged is not known to have gone elsewhere: they count.
     """
+    if way.action == "random":
+        return np.ones(len(values), bool)
     steps = np.log(values[:, : teleports(way, s)])
     change = (steps[..., 1] - steps[..., 0]).sum(-1)
     return ~(change <= 0) if way.maximize else ~(change >= 0)
@@ -193,7 +195,7 @@ def against(outcome: Outcome, way: Way, as_sent: bool = True) -> tuple[Compariso
     """Test loss against the baseline's, all at the published rate, of the runs that went as sent (False: of all
     others), and how many these are; None for none."""
     a = 1 + WAYS.index(way)
-    runs = went(outcome.arrays[way.measure][a, ..., 1], way, outcome.settings) | (way.action == "random")
+    runs = went(outcome.arrays[way.measure][a, ..., 1], way, outcome.settings)
     return _compared(final(outcome.arrays["test_loss"][[a, 0]]), runs == as_sent)
 
 
@@ -232,7 +234,7 @@ def place(outcome: Outcome, rate: str) -> str:
 
 def _tuned_against(outcome: Outcome, rate: str, arm: str, other: str) -> tuple[Comparison | None, int]:
     (a, b), r, way = map(TUNED.index, (arm, other)), PUBLISHED_OR_BEST.index(rate), way_of(arm)
-    runs = went(outcome.arrays[f"tuned/{way.measure}"][a, r], way, outcome.settings) | (way.action == "random")
+    runs = went(outcome.arrays[f"tuned/{way.measure}"][a, r], way, outcome.settings)
     c, n = _compared(final(outcome.arrays["tuned/test_loss"][[a, b], r]), runs)
     inside = rate == "published" or Tuned.load(outcome.arrays, "tuning/").interior[[a, b]].all()
     return c if inside or c is None else c._replace(word="undecided"), n
