@@ -42,6 +42,8 @@ def each(function: Callable[[str], None], keys: Sequence[str], jobs: int) -> Ite
             function(key)
             yield key
         return
+    import torch._dynamo  # noqa: F401  torch.func does so at its first call: a second, once instead of in each process
+
     alive, ours = os.pipe()  # its end is closed when this process ends, however it ends
     pool = concurrent.futures.ProcessPoolExecutor(
         min(jobs, len(keys)), multiprocessing.get_context("fork"), _start, (function, alive, ours)
