@@ -23,7 +23,8 @@ from math import atanh, ceil, expm1, inf, isfinite, nan, sqrt, tanh
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize, special, stats
+import scipy  # its stats and optimize, which few need, take a third of a second and wait until asked for
+from scipy import special
 
 POWER = 0.8
 Row = Sequence[float] | np.ndarray  # (n,)
@@ -228,7 +229,7 @@ def _spreads(df: int) -> tuple[np.ndarray, np.ndarray]:
 def _detectable(n: int, level: float) -> float:
     """The smallest effect over SD that n pairs find with power POWER."""
     highest = 10 * (1 + special.stdtrit(n - 1, (1 + level) / 2)) / sqrt(n)
-    return optimize.brentq(lambda effect: power(effect, 1, n, level) - POWER, 0, highest, xtol=1e-9)
+    return scipy.optimize.brentq(lambda effect: power(effect, 1, n, level) - POWER, 0, highest, xtol=1e-9)
 
 
 def power(effect: float, sd: float, n: int, level: float = 0.95) -> float:
@@ -331,8 +332,8 @@ def bootstrap(
     if min(map(len, samples)) < 2:
         return estimate, nan, nan
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        result = stats.bootstrap(samples, statistic, paired=paired, confidence_level=level, rng=generator)  # BCa
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
+        result = scipy.stats.bootstrap(samples, statistic, paired=paired, confidence_level=level, rng=generator)  # BCa
     return estimate, *map(float, result.confidence_interval)
 
 
@@ -362,7 +363,7 @@ def correlation(x: Row, y: Row, covariates: Sequence[Row] = (), rank: bool = Fal
 
 def _partial(rows: Sequence[np.ndarray], rank: bool) -> float:
     if rank:
-        rows = [stats.rankdata(row) for row in rows]
+        rows = [scipy.stats.rankdata(row) for row in rows]
     design = np.stack([np.ones(len(rows[0])), *rows[2:]], 1)
     left = []
     for row in rows[:2]:

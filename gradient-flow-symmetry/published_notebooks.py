@@ -6,7 +6,7 @@ applied twice in a row. Their `permuted_g` is our `interpolated_permutation`.
 """
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from common.claims import Published
 
@@ -110,7 +110,7 @@ def row(what: str, ours: np.ndarray, theirs: np.ndarray, errors: np.ndarray, set
     The row agrees if every printed number lies in its 95 % t prediction interval, Bonferroni over the cells.
     """
     n, mean = len(ours), ours.mean(0)
-    bound = stats.t.ppf(1 - 0.025 / len(theirs), n - 1) * errors
+    bound = special.stdtrit(n - 1, 1 - 0.025 / len(theirs)) * errors
     agrees = bool((np.abs(mean - theirs) <= bound).all())
     texts = (", ".join(f"{round(x, 1) + 0.0:.1f}" for x in values) for values in (theirs, mean))
     return Published(what, *texts, "the notebook's output", setting, agrees)

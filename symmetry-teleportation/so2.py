@@ -5,6 +5,7 @@ start with several angles, and from random starts.
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 import torch
 from orbits import (
     act,
@@ -18,7 +19,6 @@ from orbits import (
     orbit_maximum,
     published_teleport,
 )
-from scipy import stats
 
 from common import plots
 from common.claims import Published, Verdict, grade, median, table
@@ -192,7 +192,7 @@ def from_everywhere(arrays):
     for arm, name in (("gd_published", "published"), ("gd_random", "random angle"), ("gd_maximum", "maximum")):
         loss, n = arrays[f"{arm}_starts_loss"], len(plain)
         lower = int((np.nan_to_num(loss, nan=np.inf) < np.nan_to_num(plain, nan=np.inf)).sum())
-        low, high = stats.binomtest(lower, n).proportion_ci()
+        low, high = scipy.stats.binomtest(lower, n).proportion_ci()
         said.append(f"{name} {lower / n:.1%} [{low:.1%}, {high:.1%}], {np.isnan(loss).sum()} diverged")
     return (
         f"From {n} random starts in the figures' window, of which gradient descent alone diverges from "
