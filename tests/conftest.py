@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import second_device
 import torch
-import torch._dynamo  # torch.func and torch.optim do it when first used: scripts in forked processes find it here
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,6 +126,8 @@ def run_tiny(script, folder):
 def start_in_own_folder(script, output, prepare=None):
     """Start what `python SCRIPT --preset tiny` does in the script's folder, without the seconds that importing torch
     takes and those that drawing does. prepare: called before the script is."""
+    import torch._dynamo  # noqa: F401  torch.func and torch.optim do it when first used: a second, once for all forks
+
     child = multiprocessing.get_context("fork").Process(target=_run_in_own_folder, args=(script, output, prepare))
     child.start()
     return child

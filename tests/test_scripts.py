@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import SCRIPTS, run_inside
 
-pytestmark = pytest.mark.parametrize("script", SCRIPTS)
+# Script by script (scope): two workers that want the same run, which one of them makes, would wait for it.
+pytestmark = pytest.mark.parametrize("script", SCRIPTS, scope="module")
 
 
 def test_results_are_complete_and_anonymous(tiny, script):
