@@ -89,7 +89,7 @@ def intervals(ax: plt.Axes, found: Collection, at: Sequence, i: int, label: str,
     Horizontally, one that diverged is said in words, and a change beyond a factor of 3 makes the axis logarithmic
     outside ± 10 %."""
     middle, low, high = (np.array([100 * np.expm1(getattr(c, k)) for c in found]) for k in ("effect", "low", "high"))
-    bars, look = [middle - low, high - middle], style(i, marker=True) | {"linestyle": "none"}
+    bars, look = np.stack([middle - low, high - middle]), style(i, marker=True) | {"linestyle": "none"}
     if vertical:
         ax.errorbar(at, middle, yerr=bars, label=label, capsize=2, **look)
         ax.axhline(0, color="black", linewidth=0.8)
