@@ -74,7 +74,6 @@ TELEPORTING = ("published", "postactivation", "rescaling", "random")
 NETWORKS = {"narrow": (16, 10), "wide": (128, 128)}  # ours: the first is that of ICLR 2024
 SAMPLES = {"narrow": 200, "wide": 100}  # in a teleport's batch
 OPTIMIZERS = {"SGD": 1e-2, "AdaGrad": 1e-2}  # learning rates of ICLR 2024
-SHOWN = "quick"  # whose results the report shows, until the paper's size has been run
 ACTIVATION = leaky_relu(0.1)
 DRIFT_RUNS = 5
 
