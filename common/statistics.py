@@ -221,7 +221,7 @@ def _t_test(effect: float, sd: float, n: int) -> float:
 @lru_cache(maxsize=1024)
 def _spreads(df: int) -> tuple[np.ndarray, np.ndarray]:
     """Sample over true standard deviation with df degrees of freedom: quadrature nodes and weights, (400,) each."""
-    x, weights = np.polynomial.legendre.leggauss(400)
+    x, weights = special.roots_legendre(400)
     return np.sqrt(special.chdtri(df, (1 - x) / 2) / df), weights / 2
 
 
