@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from functools import cache
 from itertools import combinations
 
 import pytest
@@ -21,6 +22,7 @@ def name(path):
     return path.relative_to(ROOT).as_posix()
 
 
+@cache
 def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 

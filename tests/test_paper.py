@@ -5,6 +5,7 @@ import io
 import re
 import subprocess
 import tokenize
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -24,9 +25,15 @@ CURVATURES = {"curvature", "_curve_derivatives", "curve_curvature"}
 SECTIONS = {"3", "4", "5.1", "5.2"}
 
 
+@cache
+def tree(path):
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+@cache
 def defined(path):
     """Names of the functions and classes of a file, those of methods with their class before them."""
-    names, todo = set(), [("", ast.parse((ROOT / path).read_text(encoding="utf-8")))]
+    names, todo = set(), [("", tree(path))]
     while todo:
         prefix, node = todo.pop()
         for child in getattr(node, "body", []):
@@ -57,9 +64,8 @@ def numbers(text):
 
 def within(path, line):
     """{name: docstring} of the functions and classes that the line stands in, and of the file, ""."""
-    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-    found = {"": ast.get_docstring(tree)}
+    nodes = [n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    found = {"": ast.get_docstring(tree(path))}
     found |= {n.name: ast.get_docstring(n) for n in nodes if n.lineno <= line <= n.end_lineno}
     return {name: " ".join((text or "").split()) for name, text in found.items()}
 

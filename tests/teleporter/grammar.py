@@ -7,6 +7,7 @@ import random
 
 import torch
 import torch.nn.functional as F
+from conftest import set_seed
 from torch import nn
 
 
@@ -303,7 +304,7 @@ def chain(r, x, steps, depth=0, among=None, order=None):
 def built(number):
     """(model, inputs, other inputs)."""
     r = random.Random(number)
-    torch.manual_seed(number)
+    set_seed(number)
     n, c = r.choice([1, 2, 3]), r.choice([2, 3, 4])
     shape = r.choice([(n, c, 4, 4), (n, c, 4, 4), (n, c, 6), (n, 4, c), (n, 4, 4), (n + 1, c), (c, 4, 4), "embedding"])
     if shape == "embedding":

@@ -14,11 +14,6 @@ X, IMAGES, TOKENS = (torch.randn(shape, generator=torch.Generator().manual_seed(
                      for shape in ((2, 6), (2, 3, 8, 8), (2, 5, 8)))  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def found(model, x, tolerance=1e-12):
     """Move by every symmetry found; the output must stay, the moved weights must change. Returns the symmetries."""
     model = model.double()

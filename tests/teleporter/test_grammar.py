@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import set_seed
 from grammar import built
 
 from teleporter import classes, finder, layers, products, symmetry, teleporter, tracing
@@ -26,7 +27,7 @@ def outputs(model, inputs):
     with torch.no_grad():
         found = []
         for x in inputs:
-            torch.manual_seed(7)  # dropout
+            set_seed(7)  # dropout
             found += tensors_of(model(x))
         return found
 

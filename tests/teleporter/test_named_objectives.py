@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import set_seed
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,7 +58,7 @@ def trained(model, optimizer, x, steps=3):
 
 def setting(name, optimizer, scale=True):
     """A model in training mode, badly scaled, trained for three steps; its optimizer and data."""
-    torch.manual_seed(0)
+    set_seed(0)
     make, shape = MODELS[name]
     model, x = make().double(), torch.randn(8, *shape, dtype=torch.float64)
     with torch.no_grad():

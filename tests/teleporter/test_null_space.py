@@ -15,11 +15,6 @@ from teleporter.null_space import patches
 few = settings(max_examples=12, deadline=None, derandomize=True)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def squares(x):
     """A loss of everything that the model returns."""
     return lambda model: (model(x) - 1).square().mean()

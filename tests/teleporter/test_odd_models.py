@@ -15,11 +15,6 @@ CONV, CONV1, LINEAR = lambda: nn.Conv2d(2, 4, 1), lambda: nn.Conv1d(2, 4, 1), la
 IMAGES, IMAGE, SIGNAL, TOKENS, ROWS = (2, 2, 4, 4), (2, 4, 4), (2, 8), (3, 4, 3), (5, 3)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 class Subclass(nn.Linear):
     def forward(self, x):
         return super().forward(x) + 1

@@ -10,11 +10,6 @@ from torch import nn, optim
 from teleporter import Teleporter
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 class Convolutional(nn.Module):
     def __init__(self):
         super().__init__()

@@ -16,7 +16,6 @@ from teleporter.verify import relative_change, tensors_of
 
 @pytest.fixture(autouse=True)
 def double():
-    torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

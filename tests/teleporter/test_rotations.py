@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import set_seed
 from torch import nn
 
 from teleporter import Rotary, Stream, Teleporter
@@ -65,7 +66,7 @@ class Llama(nn.Module):
 
     def __init__(self, layout="half", norm=Norm, fused=False, normalized=False, tied=False):
         super().__init__()
-        torch.manual_seed(0)
+        set_seed(0)
         self.embed = nn.Embedding(11, D)
         self.blocks = nn.ModuleList(Block(layout, norm, fused, normalized) for _ in range(2))
         self.norm, self.head = norm(D), nn.Linear(D, 11, bias=False)

@@ -10,11 +10,6 @@ from torch import nn
 from teleporter import Pair, Teleporter
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def mlp(*dims):
     return nn.Sequential(*[m for a, b in zip(dims, dims[1:]) for m in (nn.Linear(a, b), nn.ReLU())][:-1])
 

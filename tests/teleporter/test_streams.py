@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import set_seed
 from torch import nn
 
 from teleporter import Teleporter
@@ -33,7 +34,7 @@ class Residual(nn.Module):
 
     def __init__(self, norm=Norm, on=lambda x: x, twist=None, tied=False, times=1, pool=lambda x: x):
         super().__init__()
-        torch.manual_seed(0)
+        set_seed(0)
         self.embed, self.place = nn.Embedding(9, D), nn.Parameter(torch.randn(1, 8, D))
         self.norms = nn.ModuleList(norm() for _ in range(3))
         self.up, self.down, self.mix = nn.Linear(D, 5), nn.Linear(5, D), nn.Linear(D, D, bias=False)
@@ -135,7 +136,7 @@ def test_frozen_gains_and_gains_alike_before_a_tied_head():
     (Residual(twist=lambda model, x: x + model.norms[0].weight * model.norms[1](x)), "mul in the model"),
 ])  # fmt: skip
 def test_streams_that_stay(model, reason):
-    torch.manual_seed(0)
+    set_seed(0)
     model.double()
     found = [(s.name, why) for s, _, why in traced(model, TOKENS) if s.kind == "stream"]
     assert len(found) == 1 and reason in str(found[0][1]), found

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, set_seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,11 +19,6 @@ from teleporter.hidden import pull_back
 
 few = settings(max_examples=15, deadline=None, derandomize=True)
 FLOATS = st.sampled_from([torch.float64, torch.float32])
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def randomized(model, dtype=torch.float64):
@@ -445,7 +440,7 @@ def test_step_raises_the_gradient_norm_within_the_bound_and_leaves_no_trace(inde
     assert torch.equal(torch.get_rng_state(), state)
     names = dict(model.named_buffers())
     assert all(torch.equal(before[n], b) for n, b in names.items()) and len(names) == len(buffers)
-    torch.manual_seed(1)
+    set_seed(1)
     T = teleporter._evaluate(x, loss_fn, derivative=True)[2]
     for s, t in zip(teleporter.symmetries, T):
         size = t.abs().max() if s.kind == "rescale" else torch.linalg.matrix_norm(t, 2).max()

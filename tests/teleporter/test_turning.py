@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import set_seed
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -44,7 +45,7 @@ class Attended(nn.Module):
 
     def __init__(self, on_q, on_k=None, again=None, bias=True):
         super().__init__()
-        torch.manual_seed(0)
+        set_seed(0)
         self.q, self.k, self.v, self.out = (
             nn.Linear(6, 8, bias),
             nn.Linear(6, 4, bias),
