@@ -20,7 +20,7 @@ Controls:
   GD, best rate           the same with the best second rate on the meta-training problems
 
 An arm's meta-seeds train as one stack, as do all arms of the lr kind. Curves are of the meta-seed with the lowest loss
-in meta-training. The published learned updates diverged; these do not, with the exact inverse or the published one.
+in meta-training. The published learned updates diverged; so do some meta-seeds of all of these, teleporting or not.
 """
 
 import math
@@ -46,7 +46,7 @@ from meta_optimizer import (
     meta_train,
     regression,
 )
-from meta_seeds import over_meta_seeds, recorded
+from meta_seeds import PROBLEMS, over_meta_seeds, recorded, rising, updates
 
 from common import UserError, cli, plots
 from common.claims import Claim, Verdict, change, except_for, factor, graded, settle, table
@@ -85,7 +85,6 @@ CLAMP = "GD, rates of the clamp"
 GD_ARMS = ("GD", CLAMP, "GD, best rate")
 TELEPORTING = {"LSTM(lr, teleport)": "LSTM(lr)", "LSTM(update, teleport)": "LSTM(update)"}  # and without
 FIGURE = ("GD", "LSTM(lr, teleport)", "LSTM(update)", "LSTM(update, teleport)")
-PUBLISHED = 5  # held-out problems in the paper
 BEFORE = "Under the rule of 2026-11-22 (best meta-seed, over problems): in part, no better than without the teleport."
 
 
@@ -180,7 +179,7 @@ def learn(run, key, seeds):
     results = {
         "training_curve": curve.view(len(stack), count, runs),  # loss at the last meta-update of each run
         "loss": tested["loss"],  # (A, M, S, steps + 1)
-        "squared_gradient_norm": tested["squared_gradient_norm"][:, :, :PUBLISHED],
+        "squared_gradient_norm": tested["squared_gradient_norm"][:, :, :PROBLEMS],
         "rate": tested["rate"].mean(2),  # (A, M, steps)
         "drift": tested["drift"].abs().amax(2),
         "training_seconds": training_seconds,
@@ -195,7 +194,7 @@ def learn(run, key, seeds):
 
 def timed(seconds, seeds):
     """The clock after every step of a typical run: medians over the published problems, each run alone, three times."""
-    clocks = np.array([seconds(seed) for seed in seeds[:PUBLISHED] * 3])
+    clocks = np.array([seconds(seed) for seed in seeds[:PROBLEMS] * 3])
     return np.median(np.diff(clocks, axis=1, prepend=0.0), axis=0).cumsum()
 
 
@@ -223,7 +222,7 @@ def descend(run, seeds):
 
     return {
         "loss": torch.stack(losses).unsqueeze(1),
-        "squared_gradient_norm": torch.stack(norms).unsqueeze(1)[:, :, :PUBLISHED],
+        "squared_gradient_norm": torch.stack(norms).unsqueeze(1)[:, :, :PROBLEMS],
         "rate": np.array(rates)[:, None],
         "sweep": swept,  # mean logarithm of the loss after the last step, by rate
         "chosen": np.zeros(len(rates), int),
@@ -246,7 +245,7 @@ def compare(s, arrays):
         chosen = int(arrays[f"{key}/chosen"][a])
         mine = loss[arm][chosen]
         metrics[arm] = {
-            "mean_loss_published_problems": {str(t): mine[:PUBLISHED, t].mean() for t in milestones(s)},
+            "mean_loss_published_problems": {str(t): mine[:PROBLEMS, t].mean() for t in milestones(s)},
             "mean_loss": mine[:, -1].mean(),
             "ratio_to_GD": ratio(mine),
             "meta_seeds": len(loss[arm]),
@@ -278,16 +277,17 @@ def judge(outcome):
     n = [m[arm]["meta_seeds"] for arm in rivals]
     sentence = f"Loss after {outcome.settings.steps} steps, {n[0]} and {n[1]} meta-seeds: {'; '.join(said)}."
     clamp, best = (m[arm]["ratio_to_GD"][0] for arm in (CLAMP, "LSTM(lr, teleport)"))
+    up = rising(outcome.arrays, arms())
     surprise = f"Of GD's loss remain: at the clamp's rate, nothing learned, {clamp:.3f}; all learned {best:.3f}."
     number = f"learned rate: {found['LSTM(lr, teleport)', CLAMP].word} against the clamp's, with nothing learned"
-    details = [BEFORE, *(detail(arm, m[arm], found) for arm in m if arm.startswith("LSTM"))]
-    rows, word = list(recorded(m)), graded(list(settled.values()))
-    return Verdict(word, except_for(settled), sentence, details, number, rows, surprise)
+    details = [BEFORE, *(detail(arm, m[arm], found, n) for arm, n in up.items())]
+    rows, word = list(recorded(m, outcome.arrays, arms())), graded(list(settled.values()))
+    return Verdict(word, except_for(settled), sentence, details, number, rows, f"{surprise} {updates(up, m)}")
 
 
-def detail(arm, m, found):
+def detail(arm, m, found, up):
     against = ", ".join(f"{other} {change(found[arm, other])}" for other in ("GD", CLAMP))
-    beat = f"{m['meta_seeds_better_than_GD']} of {m['meta_seeds']} meta-seeds beat GD over problems"
+    beat = f"{m['meta_seeds_better_than_GD']} of {m['meta_seeds']} meta-seeds beat GD over problems, {up} rise again"
     return f"{arm}: loss against {against}; {beat}; largest drift of a teleport {m['largest_relative_drift']:.0e}."
 
 
@@ -307,7 +307,7 @@ def plot_figure6(outcome, s):
     """Figure 6 on the published problems: loss against step and seconds, gradient norm against loss."""
     figure, ((by_step, by_seconds, gradient),) = plots.panels(1, 3, width=4.0, height=3.4)
     for i, name in enumerate(FIGURE):
-        loss = curves(outcome, name)[:PUBLISHED]
+        loss = curves(outcome, name)[:PROBLEMS]
         plots.log_band(by_step, np.arange(s.steps + 1), loss, name, i)
         plots.log_band(by_seconds, outcome.timings["after_each_step"][name], loss, name, i)
         norm = curves(outcome, name, "squared_gradient_norm")
@@ -379,7 +379,7 @@ def report(outcome, s):
         over = [change(found[name, other], 0) if (name, other) in found else "" for other in ("GD", CLAMP)]
         better = f"{m['meta_seeds_better_than_GD']}/{m['meta_seeds']}" if key != "gd" else ""
         rows.append([name, *means, *over, better, f"{drift:.1e}" if drift else ""])
-    header = [f"loss after {s.steps} steps", f"{min(PUBLISHED, s.seeds)} problems", f"{s.seeds} problems"]
+    header = [f"loss after {s.steps} steps", f"{min(PROBLEMS, s.seeds)} problems", f"{s.seeds} problems"]
     header += ["/ GD [95 %]", "meta-seeds, against GD", "GD at the clamp", "meta-seeds < GD", "largest drift"]
     training = ", ".join(f"{key} {seconds:.0f} s" for key, seconds in outcome.timings["training"].items())
     best = outcome.metrics["GD, best rate"]["second_rate"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, die_after, load_script, read_results, start_in_own_folder
 
+meta_seeds = load_script("learn-to-teleport/meta_seeds.py")
 SCRIPT = ROOT / "learn-to-teleport" / "multi_layer_regression.py"
 
 
@@ -67,3 +68,16 @@ def test_figures_are_linked_from_the_script_s_folder(tiny):
     for link in links:
         assert link.is_symlink() and not Path(os.readlink(link)).is_absolute()
         assert link.resolve() == (folder / "figures" / "tiny" / link.name).resolve() and link.exists()
+
+
+def test_meta_seeds_that_rise_again_are_counted():
+    """Of three that fall by half a step: one rises from step 3 on, one is not a number in the end."""
+    arms = [("gd", 0, "GD"), ("lr", 0, "LSTM(lr)"), ("update", 0, "LSTM(update)")]
+    fall = np.broadcast_to(0.5 ** np.arange(11), (1, 3, 4, 11)).copy()
+    rise = fall.copy()
+    rise[0, 1, :, 3:] = 0.26
+    rise[0, 2, :, -1] = np.nan
+    arrays = {"gd/loss": fall, "lr/loss": fall, "update/loss": rise}
+    up = meta_seeds.rising(arrays, arms)
+    assert up == {"LSTM(lr)": 0, "LSTM(update)": 2}
+    assert "so do 2 of 3 here" in meta_seeds.updates(up, {name: {"meta_seeds": 3} for name in up})
