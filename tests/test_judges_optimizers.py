@@ -91,7 +91,7 @@ def test_regression(effects, n, sd, word):
     arrays, metrics = planted(regression.ARMS, BOTH, effects, n, sd)
     for o in BOTH:
         arrays[f"compared.{o}/needed"] = np.full((len(regression.ARMS), 2, n), 80.0)
-        arm = {"loss_after": np.array(regression.PUBLISHED), "largest_relative_drift": 0.0}
+        arm = {"loss_after": np.array([*regression.PUBLISHED.values()]), "largest_relative_drift": 0.0}
         metrics[o] |= dict.fromkeys(regression.ARMS, arm)
     outcome = Outcome(metrics, arrays, settings=regression.PRESETS["paper"])
     verdict = regression.judge(outcome)
@@ -143,8 +143,8 @@ def test_sampling(published, best, n, sd, edge, word, limits):
     settings = dict(settings=sampling.PRESETS["paper"], label="Fashion-MNIST")
     verdict = sampling.judge(Outcome(metrics, arrays, list(range(n)), **settings))
     assert verdict.word == word and (verdict.limits == limits or word == "holds")
-    assert [row.published for row in verdict.published] == [0.3473, 0.4025, 0.5109, 0.5323, 0.5403]
-    assert [row.agrees for row in verdict.published][:3] == ([False] * 3 if n == 20 else [False, False, True])
+    agrees = [row.agrees for row in verdict.published]  # of epochs 0 to 10 and 14
+    assert len(agrees) == 12 and agrees[:6] == ([False] * 6 if n == 20 else [False] * 5 + [True])
 
 
 CASES = ("narrow SGD", "wide AdaGrad")
