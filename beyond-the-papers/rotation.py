@@ -160,7 +160,7 @@ class Settings:
 
 PAPER = Settings()
 PRESETS = {
-    "tiny": replace(PAPER, seeds=3, tuning_seeds=1, arms=FEW, settings=("rotated", "rank_2"), steps=20, pretraining=50),
+    "tiny": replace(PAPER, seeds=3, tuning_seeds=1, arms=FEW, settings=("rotated", "rank_2"), steps=10, pretraining=20),
     "quick": replace(
         PAPER, seeds=12, tuning_seeds=2, arms=(*FEW, "once", "random_2"), settings=("rotated",), steps=200
     ),

@@ -101,7 +101,7 @@ class Settings:
 
 
 PAPER = Settings()
-SMALL = dict(seeds=2, least=2, tuning_seeds=2, grid=(1, 3), epochs=10, level_epoch=8, ascent_steps=10)
+SMALL = dict(seeds=2, least=2, tuning_seeds=2, grid=(1, 3), epochs=10, level_epoch=8, ascent_steps=4)
 PRESETS = {
     "tiny": replace(PAPER, **SMALL),
     "quick": replace(PAPER, seeds=40, least=20, tuning_seeds=4, grid=(1, 2, 5, 10, 20)),
